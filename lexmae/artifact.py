@@ -1,0 +1,255 @@
+"""Directories that are either complete or absent: built under a temporary name, sealed by ``manifest.json``.
+
+Every verb of the cycle reads and writes such a directory. The manifest says what kind it is, from which inputs and
+with which configuration it was made, what it holds (counts, checksums), and with which versions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from lexmae import __version__
+from lexmae.errors import InputError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_VERSIONS = ("torch", "transformers", "tokenizers", "deepspeed", "numpy", "pyarrow")
+
+
+@dataclass
+class Draft:
+    """An artifact in the making.
+
+    Attributes:
+        path: the temporary directory to write files into.
+        counts: numbers of what it holds, for the manifest.
+        extra: further facts for the manifest (JSON values).
+    """
+
+    path: Path
+    counts: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``manifest.json`` of a finished artifact says.
+
+    Attributes:
+        fingerprint: sha256 over the names and checksums of all files: equal content, equal fingerprint.
+    """
+
+    path: Path
+    kind: str
+    counts: Mapping[str, Any]
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    extra: Mapping[str, Any]
+    files: Mapping[str, str]
+    fingerprint: str
+
+
+def partial_path(path: str | Path) -> Path:
+    """Where the artifact ``path`` is built before it gets its name."""
+    path = Path(path)
+    return path.with_name(path.name + ".partial")
+
+
+def exists(path: str | Path) -> bool:
+    """Whether a finished artifact stands at ``path``."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+@contextlib.contextmanager
+def create(path: str | Path, kind: str, *, inputs: Mapping[str, str | Path] | None = None,
+           config: Mapping[str, Any] | None = None, keep_partial: bool = False,
+           overwrite: bool = False) -> Iterator[Draft]:
+    """Build the artifact ``path``; it appears under that name only when the block ends without an error.
+
+    Args:
+        inputs: name → path of what it is made from; artifacts among them are recorded with their fingerprint.
+        config: the settings it is made with.
+        keep_partial: leave the unfinished directory in place on an error, and start from it next time.
+        overwrite: replace a finished artifact of that name, at the very end.
+
+    Raises:
+        InputError: ``path`` exists and ``overwrite`` is off.
+    """
+    path = Path(path)
+    refuse_existing(path, overwrite)
+    draft = Draft(partial_path(path))
+    if draft.path.exists() and not keep_partial:
+        shutil.rmtree(draft.path)
+    draft.path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield draft
+    except BaseException:
+        if not keep_partial:
+            shutil.rmtree(draft.path, ignore_errors=True)
+        raise
+    seal(draft, path, kind, inputs=inputs, config=config)
+
+
+def refuse_existing(path: Path, overwrite: bool = False) -> None:
+    """Raise InputError where writing ``path`` would replace something that was not offered for replacement."""
+    if not path.exists():
+        return
+    if overwrite and (path.is_dir() and (exists(path) or not any(path.iterdir()))):
+        return
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    hint = "" if not exists(path) else "; remove it, choose another output, or add --overwrite where offered"
+    raise InputError(f"already exists{hint}", path)
+
+
+def seal(draft: Draft, path: str | Path, kind: str, *, inputs: Mapping[str, str | Path] | None = None,
+         config: Mapping[str, Any] | None = None) -> Manifest:
+    """Write the manifest of ``draft``, flush everything to disk and give it its final name."""
+    path = Path(path)
+    files = {str(p.relative_to(draft.path)): _sha256(p) for p in sorted(draft.path.rglob("*"))
+             if p.is_file() and p.name != MANIFEST}
+    record = {"lexmae": __version__, "format": FORMAT, "kind": kind, "inputs": _describe_inputs(inputs or {}),
+              "config": dict(config or {}), "counts": draft.counts, "extra": draft.extra, "files": files,
+              "fingerprint": _fingerprint(files), "versions": versions()}
+    with open(draft.path / MANIFEST, "w", encoding="utf-8") as out:
+        json.dump(record, out, indent=1, ensure_ascii=False)
+        out.write("\n")
+    for file in [*files, MANIFEST]:
+        _fsync(draft.path / file)
+    _replace_directory(draft.path, path)
+    return read(path, kind)
+
+
+def read(path: str | Path, kind: str | None = None) -> Manifest:
+    """Read the manifest of a finished artifact.
+
+    Raises:
+        InputError: nothing there, unfinished, unreadable, of another format or of another kind.
+    """
+    path = Path(path)
+    file = path / MANIFEST
+    if not file.is_file():
+        raise InputError(_why_absent(path, kind), path)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        manifest = Manifest(path, record["kind"], record["counts"], record["config"], record["inputs"],
+                            record["extra"], record["files"], record["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"not a manifest: {error}", file) from error
+    if record.get("format") != FORMAT:
+        raise InputError(f"has format {record.get('format')}, this version reads format {FORMAT}", file)
+    if kind is not None and manifest.kind != kind:
+        raise InputError(f"is of kind '{manifest.kind}', but '{kind}' is needed here", path)
+    return manifest
+
+
+def verify(path: str | Path) -> None:
+    """Recompute every checksum of the artifact; InputError names the first file that differs or is missing."""
+    manifest = read(path)
+    for name, expected in manifest.files.items():
+        file = manifest.path / name
+        if not file.is_file():
+            raise InputError("is listed in the manifest but missing", file)
+        if _sha256(file) != expected:
+            raise InputError("does not have the checksum that the manifest gives; it was changed or damaged", file)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: str = "w", **open_kwargs: Any) -> Iterator[IO]:
+    """Open a temporary file beside ``path`` for writing; it takes that name when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "b" not in mode:
+        open_kwargs.setdefault("encoding", "utf-8")
+        open_kwargs.setdefault("newline", "\n")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, mode, **open_kwargs) as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that influence results, without importing them."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _why_absent(path: Path, kind: str | None) -> str:
+    what = f"{kind} artifact" if kind else "artifact"
+    if not path.exists():
+        unfinished = f" (an unfinished one is at {partial_path(path)})" if partial_path(path).exists() else ""
+        return f"no such {what}{unfinished}"
+    if not path.is_dir():
+        return f"is not a directory, a {what} is needed"
+    return f"has no {MANIFEST}: not a finished {what}"
+
+
+def _describe_inputs(inputs: Mapping[str, str | Path]) -> dict[str, dict[str, str]]:
+    described = {}
+    for name, source in inputs.items():
+        described[name] = {"path": str(source)}
+        if exists(source):
+            described[name]["fingerprint"] = read(source).fingerprint
+    return described
+
+
+def _fingerprint(files: Mapping[str, str]) -> str:
+    return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in sorted(files.items())).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace_directory(source: Path, target: Path) -> None:
+    """Rename ``source`` to ``target``; an old ``target`` is moved aside first and removed last."""
+    if target.exists():
+        old = target.with_name(target.name + ".old")
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(target, old)
+        os.rename(source, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(source, target)
+    _fsync(target.parent)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,70 @@
+"""What every command shares: a parser that shows defaults, one-line errors with exit code 2, a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from lexmae.errors import InputError
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's line breaks and appends ``(default: …)`` where there is a default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, False) or action.required:
+            return action.help or ""
+        return super()._get_help_string(action) or ""
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """An argument parser whose ``--help`` shows defaults and keeps the layout of ``description``."""
+    return argparse.ArgumentParser(description=description, formatter_class=_Formatter, allow_abbrev=False)
+
+
+def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoReturn:
+    """Run a command's ``main(argv)`` and exit: 0, its own code, 2 for bad input, 130 for Ctrl-C."""
+    try:
+        code = main(argv)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code or 0)
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the only one or rank 0 of a distributed run."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(message: str) -> None:
+    """One line of progress on stderr, from rank 0 only."""
+    if is_main_rank():
+        tqdm.write(message, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it",
+             disable: bool = False, initial: int = 0) -> tqdm:
+    """A progress bar with rate and time left on stderr; silent on ranks other than 0.
+
+    Without a terminal it prints a line every 30 seconds instead of redrawing.
+    """
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=disable or not is_main_rank(), initial=initial,
+                mininterval=interval, dynamic_ncols=True, smoothing=0.1)
