@@ -1,0 +1,282 @@
+"""What a recipe may say, as frozen dataclasses. Defaults are the paper's.
+
+A recipe owns learning (data, model, losses, learning rate, batch, steps, seed). What depends on the machine (ZeRO
+stage, precision, offload, communication) is owned by a file of ``ds_configs/``. ``lexmae.recipe`` reads the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lexmae.errors import InputError
+
+ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert")
+DECODER_MASKS = ("inclusive", "exclusive", "random")
+BOTTLENECKS = ("logits", "saturated", "cls", "off")
+
+
+def _require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise InputError(reason)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the weights come from.
+
+    Attributes:
+        init: ``scratch``, a Hugging Face hub name, or a folder in Hugging Face layout.
+        architecture: backbone family of a model made from scratch.
+        size: configuration values of a model made from scratch, under the family's own names (``hidden_size`` …).
+    """
+
+    init: str = "bert-base-uncased"
+    architecture: str = "bert"
+    size: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _require(self.architecture in ARCHITECTURES, f"architecture: one of {', '.join(ARCHITECTURES)} is needed")
+        _require(self.init == "scratch" or not self.size, "size: only goes with 'init: scratch'")
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Masks of pre-training (SPEC §1): α = ``encoder``, β = ``decoder``."""
+
+    encoder: float = 0.30
+    decoder: float = 0.50
+    decoder_strategy: str = "inclusive"
+    whole_word: bool = False
+
+    def __post_init__(self):
+        _require(0 < self.encoder < 1, "encoder: a share between 0 and 1 is needed")
+        _require(0 < self.decoder < 1, "decoder: a share between 0 and 1 is needed")
+        _require(self.decoder_strategy in DECODER_MASKS, f"decoder_strategy: one of {', '.join(DECODER_MASKS)}")
+        _require(self.decoder_strategy != "inclusive" or self.decoder >= self.encoder,
+                 "decoder: an inclusive decoder mask holds the encoder's, so it cannot be the smaller one")
+        _require(self.decoder_strategy != "exclusive" or self.decoder <= 1 - self.encoder,
+                 "decoder: an exclusive decoder mask leaves the encoder's out, so the two shares cannot pass 1")
+
+
+@dataclass(frozen=True)
+class BottleneckConfig:
+    """The lexicon bottleneck and the weak decoder behind it.
+
+    Attributes:
+        source: what the bottleneck vector is made of (``logits`` in the paper).
+        decoder_layers: transformer layers of the decoder.
+        encoder_weight: weight of the encoder's masked-LM loss.
+        decoder_weight: weight of the decoder's masked-LM loss.
+    """
+
+    source: str = "logits"
+    decoder_layers: int = 2
+    encoder_weight: float = 1.0
+    decoder_weight: float = 1.0
+
+    def __post_init__(self):
+        _require(self.source in BOTTLENECKS, f"source: one of {', '.join(BOTTLENECKS)} is needed")
+        _require(self.decoder_layers >= 1, "decoder_layers: at least 1 is needed")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Contrastive loss and sparsity of fine-tuning (SPEC §3).
+
+    Attributes:
+        lambda_docs: weight λ_d of the FLOPS regulariser on documents.
+        lambda_queries: weight λ_q on queries; 0.75·λ_d where it is not given.
+        lambda_ramp: share of the steps over which both grow quadratically from 0; 0 has them constant.
+        temperature: divides the scores in the contrastive loss.
+        exclude_judged: leave other judged positives of a query out of its negatives within the batch.
+    """
+
+    lambda_docs: float = 0.0020
+    lambda_queries: float | None = None
+    lambda_ramp: float = 0.0
+    temperature: float = 1.0
+    exclude_judged: bool = True
+
+    def __post_init__(self):
+        _require(self.lambda_docs >= 0, "lambda_docs: cannot be negative")
+        _require(self.lambda_queries is None or self.lambda_queries >= 0, "lambda_queries: cannot be negative")
+        _require(0 <= self.lambda_ramp <= 1, "lambda_ramp: a share of the steps between 0 and 1 is needed")
+        _require(self.temperature > 0, "temperature: must be positive")
+
+    @property
+    def query_weight(self) -> float:
+        """λ_q."""
+        return 0.75 * self.lambda_docs if self.lambda_queries is None else self.lambda_queries
+
+
+@dataclass(frozen=True)
+class NegativesConfig:
+    """Hard negatives of a query.
+
+    Attributes:
+        path: file of negatives in any format of SPEC §5.
+        per_query: how many join each positive.
+        depth: they are drawn from this many at the top of the list.
+    """
+
+    path: str = ""
+    per_query: int = 15
+    depth: int = 1000
+
+    def __post_init__(self):
+        _require(self.per_query >= 0, "per_query: cannot be negative")
+        _require(self.depth >= 1, "depth: at least 1 is needed")
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """AdamW with linear warm-up and linear decay.
+
+    Attributes:
+        batch: global batch: texts in pre-training, queries in fine-tuning, over all ranks and accumulation steps.
+        micro_batch: texts that one rank computes at a time; the whole share of the rank where it is not given.
+        epochs: passes over the data; ``steps``, where given, stands in its place.
+        steps: optimizer steps.
+        warmup: share of the steps over which the learning rate grows.
+        clip: largest gradient norm; 0 has no clipping.
+    """
+
+    lr: float = 3e-4
+    batch: int = 2048
+    micro_batch: int | None = None
+    epochs: float = 20
+    steps: int | None = None
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    seed: int = 42
+
+    def __post_init__(self):
+        _require(self.lr > 0, "lr: must be positive")
+        _require(self.batch >= 1, "batch: at least 1 is needed")
+        _require(self.micro_batch is None or self.micro_batch >= 1, "micro_batch: at least 1 is needed")
+        _require(self.epochs > 0, "epochs: must be positive")
+        _require(self.steps is None or self.steps >= 1, "steps: at least 1 is needed")
+        _require(0 <= self.warmup <= 1, "warmup: a share of the steps between 0 and 1 is needed")
+        _require(self.clip >= 0 and self.weight_decay >= 0, "clip and weight_decay: cannot be negative")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """How often a run reports and saves.
+
+    Attributes:
+        every: optimizer steps between two lines of the log.
+        checkpoint_every: optimizer steps between two checkpoints; 0 saves at the end alone.
+        keep: newest checkpoints kept.
+    """
+
+    every: int = 10
+    checkpoint_every: int = 5000
+    keep: int = 2
+
+    def __post_init__(self):
+        _require(self.every >= 1 and self.keep >= 1, "every and keep: at least 1 is needed")
+        _require(self.checkpoint_every >= 0, "checkpoint_every: cannot be negative")
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """One pre-training run: shards in, checkpoints and ``model/`` out."""
+
+    data: str
+    output: str
+    deepspeed: str = "ds_configs/fp16_zero1.json"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe:
+    """One fine-tuning run of the lexicon encoder: shards and negatives in, checkpoints and ``model/`` out."""
+
+    data: str
+    output: str
+    split: str = "train"
+    deepspeed: str = "ds_configs/fp16_zero1.json"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimization: OptimizationConfig = field(
+        default_factory=lambda: OptimizationConfig(lr=2e-5, batch=24, epochs=3, clip=1.0))
+    logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(every=50))
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Settings of the shards that a pipeline makes: a tokenizer to use, or the entries of one to train."""
+
+    tokenizer: str | None = None
+    train_tokenizer: int | None = None
+    max_length: int = 144
+    query_length: int = 32
+
+    def __post_init__(self):
+        _require((self.tokenizer is None) != (self.train_tokenizer is None),
+                 "tokenizer or train_tokenizer: exactly one of the two is needed")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One fine-tuning stage of a pipeline.
+
+    Attributes:
+        name: its name in the results and under the work folder.
+        recipe: recipe file, relative to the pipeline's.
+        init: ``pretrain`` or the name of an earlier stage.
+        negatives: ``bm25``, the name of an earlier stage, or a file of negatives.
+        mine_depth: depth of the list of negatives that is mined for it.
+    """
+
+    name: str
+    recipe: str
+    init: str = "pretrain"
+    negatives: str = "bm25"
+    mine_depth: int = 512
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a pipeline measures: the split with judgements, the engine, documents retrieved, top-k pruning."""
+
+    split: str = "dev"
+    train_split: str = "train"
+    engine: str = "exact"
+    hits: int = 1000
+    top_k_docs: int | None = None
+    top_k_queries: int | None = None
+    batch_tokens: int = 16384
+
+
+@dataclass(frozen=True)
+class PipelineRecipe:
+    """The whole cycle: ``input`` is ``builtin`` or what ``tools/prepare.py --input`` takes."""
+
+    input: str
+    work: str
+    prepare: PrepareConfig
+    pretrain: str | None = "pretrain.yaml"
+    stages: tuple[StageConfig, ...] = ()
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    builtin_passages: int | None = None
+
+    def __post_init__(self):
+        known = {"pretrain"} if self.pretrain else set()
+        for stage in self.stages:
+            _require(stage.name not in known | {"bm25"}, f"stages: the name '{stage.name}' is taken")
+            _require(stage.init in known or self.pretrain is None,
+                     f"stages: {stage.name} starts from '{stage.init}', which is not an earlier step")
+            known.add(stage.name)
