@@ -1,0 +1,1 @@
+"""From vectors to rankings: storage, export, search engines, runs, measures and negatives."""

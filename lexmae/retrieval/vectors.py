@@ -1,0 +1,299 @@
+"""Sparse vectors of documents or queries: ids and CSR arrays in memory, Arrow IPC files on disk.
+
+Shapes: B rows of a batch, V vocabulary, R rows in all, P postings (non-zero weights) in all.
+
+An artifact of kind ``vectors`` holds ``vocabulary.json`` (the token strings in the order of their ids) and one or
+several ``part-RRRRR-NNNNN.arrow`` (rank, running number). A part has the columns ``id`` (string), ``terms`` (list of
+int32, ascending) and ``weights`` (list of uint16, parallel to ``terms``). Parts are read in the order of their names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from lexmae import artifact
+from lexmae.errors import InputError
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+KIND = "vectors"
+VOCABULARY = "vocabulary.json"
+SCALE = 100
+MAX_WEIGHT = int(np.iinfo(np.uint16).max)
+_SCHEMA = pa.schema([("id", pa.large_string()), ("terms", pa.large_list(pa.int32())),
+                     ("weights", pa.large_list(pa.uint16()))])
+
+
+class Csr(NamedTuple):
+    """Rows of term ids and weights: row ``i`` is ``indices[indptr[i]:indptr[i + 1]]``, terms ascending."""
+
+    indptr: np.ndarray  # int64 [R+1]
+    indices: np.ndarray  # int32 [P]
+    weights: np.ndarray  # uint16 [P]
+
+
+def quantise(values: np.ndarray, unk_id: int, scale: float = SCALE, top_k: int | None = None) -> Csr:
+    """Turn lexicon vectors into integer weights ``round(scale · v)`` and drop the zeros (SPEC: scale 100).
+
+    The product is taken and rounded in float32, halves to the even neighbour, so that the same vectors give the same
+    weights on every device. Weights above 65535 are cut to it.
+
+    Args:
+        values: float [B, V], not negative.
+        unk_id: the term that a row without any weight gets, with weight 1, so that it does not disappear.
+        top_k: keep only the ``top_k`` largest weights of each row; of equal weights the lower term ids stay.
+
+    Raises:
+        ValueError: a value is negative, infinite or not a number.
+    """
+    values = np.asarray(values, dtype=np.float32)
+    _check_values(values)
+    rounded = np.rint(values * np.float32(scale))
+    rows, columns = np.nonzero(rounded)
+    counts = np.bincount(rows, minlength=len(values))
+    return _finish(counts, columns.astype(np.int32), _clip(rounded[rows, columns]), unk_id, top_k)
+
+
+def quantise_csr(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, unk_id: int, scale: float = SCALE,
+                 top_k: int | None = None) -> Csr:
+    """``quantise`` for rows that are already sparse (``values`` float [P]); terms may come in any order."""
+    values = np.asarray(values, dtype=np.float32)
+    _check_values(values)
+    rounded = np.rint(values * np.float32(scale))
+    rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    order = np.lexsort((indices, rows))
+    order = order[rounded[order] > 0]
+    counts = np.bincount(rows[order], minlength=len(indptr) - 1)
+    return _finish(counts, np.asarray(indices)[order].astype(np.int32), _clip(rounded[order]), unk_id, top_k)
+
+
+def prune(csr: Csr, top_k: int) -> Csr:
+    """Keep the ``top_k`` largest weights of each row; of equal weights the lower term ids stay."""
+    if top_k < 1:
+        raise InputError(f"top-k must be at least 1, not {top_k}")
+    counts = np.diff(csr.indptr)
+    if not len(counts) or counts.max(initial=0) <= top_k:
+        return csr
+    rows = np.repeat(np.arange(len(counts)), counts)
+    order = np.lexsort((csr.indices, -csr.weights.astype(np.int32), rows))
+    keep = np.zeros(len(csr.indices), dtype=bool)
+    keep[order[np.arange(len(order)) - csr.indptr[rows] < top_k]] = True
+    return Csr(_offsets(np.minimum(counts, top_k)), csr.indices[keep], csr.weights[keep])
+
+
+def _check_values(values: np.ndarray) -> None:
+    if values.size and not (np.isfinite(values).all() and values.min() >= 0):
+        raise ValueError("lexicon values must be finite and not negative")
+
+
+def _clip(rounded: np.ndarray) -> np.ndarray:
+    return np.minimum(rounded, MAX_WEIGHT).astype(np.uint16)
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def _finish(counts: np.ndarray, indices: np.ndarray, weights: np.ndarray, unk_id: int, top_k: int | None) -> Csr:
+    """Give empty rows the unknown token, then prune."""
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        at = _offsets(counts)[empty]
+        indices, weights = np.insert(indices, at, unk_id), np.insert(weights, at, 1)
+        counts = np.maximum(counts, 1)
+    csr = Csr(_offsets(counts), indices, weights)
+    return csr if top_k is None else prune(csr, top_k)
+
+
+@dataclass
+class SparseVectors:
+    """Quantised sparse vectors of R texts over a vocabulary of ``n_terms`` tokens.
+
+    Attributes:
+        ids: the texts' ids.
+        indptr, indices, weights: the rows (see ``Csr``).
+        vocabulary: the token strings by term id.
+        extra: facts about their making (scale, side, tokenizer hash, …).
+        fingerprint: of the artifact they were read from.
+    """
+
+    ids: Sequence[str]
+    indptr: np.ndarray
+    indices: np.ndarray
+    weights: np.ndarray
+    vocabulary: list[str]
+    extra: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def n_terms(self) -> int:
+        return len(self.vocabulary)
+
+    @property
+    def csr(self) -> Csr:
+        return Csr(self.indptr, self.indices, self.weights)
+
+    @cached_property
+    def mean_active(self) -> float:
+        """Mean number of terms per text."""
+        return len(self.indices) / max(len(self), 1)
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Term ids and weights of row ``i``, as views."""
+        start, end = self.indptr[i], self.indptr[i + 1]
+        return self.indices[start:end], self.weights[start:end]
+
+    def rows(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """(id, term ids, weights) of every row, the arrays as views."""
+        for i, name in enumerate(self.ids):
+            yield name, *self.row(i)
+
+    def pruned(self, top_k: int) -> SparseVectors:
+        """The same texts with at most ``top_k`` terms each."""
+        return SparseVectors(self.ids, *prune(self.csr, top_k), self.vocabulary, {**self.extra, "top_k": top_k})
+
+    def to_scipy(self) -> scipy.sparse.csr_array:
+        """The matrix [R, V] with int64 weights."""
+        import scipy.sparse
+
+        return scipy.sparse.csr_array((self.weights.astype(np.int64), self.indices, self.indptr),
+                                      shape=(len(self), self.n_terms))
+
+    def save(self, path: str | Path, *, inputs: Mapping[str, str | Path] | None = None,
+             config: Mapping[str, Any] | None = None, overwrite: bool = False) -> None:
+        """Write the artifact ``path`` as one part."""
+        with artifact.create(path, KIND, inputs=inputs, config=config, overwrite=overwrite) as draft:
+            write_part(draft.path / part_name(0, 0), self.ids, *self.csr, n_terms=self.n_terms)
+            write_vocabulary(draft.path, self.vocabulary)
+            describe(draft, **self.extra)
+
+    @classmethod
+    def open(cls, path: str | Path, side: str | None = None) -> SparseVectors:
+        """Read a finished artifact: memory-mapped where it has one part, else its parts joined in memory.
+
+        Args:
+            side: ``docs`` or ``queries``: refuse vectors of the other side.
+
+        Raises:
+            InputError: not a finished artifact of vectors, of the other side, or with an id that occurs twice.
+        """
+        path = Path(path)
+        manifest = artifact.read(path, KIND)
+        made_for = manifest.extra.get("side")
+        if side is not None and made_for is not None and made_for != side:
+            raise InputError(f"these are vectors of {made_for}, but vectors of {side} are needed here", path)
+        ids, csr = join(read_part(file) for file in part_files(path))
+        if len(set(ids)) != len(ids):
+            raise InputError(f"the id '{_first_repeated(ids)}' occurs more than once", path)
+        return cls(ids, *csr, read_vocabulary(path), dict(manifest.extra), manifest.fingerprint)
+
+
+def part_name(rank: int, number: int) -> str:
+    """File name of part ``number`` of rank ``rank``."""
+    return f"part-{rank:05d}-{number:05d}.arrow"
+
+
+def part_files(folder: str | Path) -> list[Path]:
+    """All parts in a folder, in reading order. InputError when there is none."""
+    files = sorted(Path(folder).glob("part-*-*.arrow"))
+    if not files:
+        raise InputError("holds no part-*.arrow", folder)
+    return files
+
+
+def write_part(path: str | Path, ids: Sequence[str], indptr: np.ndarray, indices: np.ndarray, weights: np.ndarray, *,
+               n_terms: int | None = None) -> None:
+    """Write one part; the file appears only when it is complete. Arrays as in ``Csr``; checked against each other."""
+    indptr = np.ascontiguousarray(indptr, dtype=np.int64)
+    if len(indptr) != len(ids) + 1 or indptr[0] != 0 or not indptr[-1] == len(indices) == len(weights):
+        raise ValueError(f"{len(ids)} ids, {len(indptr)} offsets, {len(indices)} terms, {len(weights)} weights "
+                         "do not belong together")
+    if n_terms is not None and len(indices) and not 0 <= indices.min() <= indices.max() < n_terms:
+        raise ValueError(f"term ids reach from {indices.min()} to {indices.max()}, the vocabulary has {n_terms}")
+    columns = [pa.array(ids, type=pa.large_string()),
+               pa.LargeListArray.from_arrays(indptr, np.ascontiguousarray(indices, dtype=np.int32)),
+               pa.LargeListArray.from_arrays(indptr, np.ascontiguousarray(weights, dtype=np.uint16))]
+    batch = pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+    with artifact.atomic_file(path, "wb") as out, pa.ipc.new_file(out, _SCHEMA) as writer:
+        writer.write_batch(batch)
+
+
+def read_part(path: str | Path) -> tuple[list[str], Csr]:
+    """Ids and rows of one part; the arrays are views of the memory-mapped file."""
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path)))
+        if table.schema.names != _SCHEMA.names:
+            raise InputError(f"has the columns {', '.join(table.schema.names)}, needed are "
+                             f"{', '.join(_SCHEMA.names)}", path)
+        return join(_read_batch(table.get_batch(i)) for i in range(table.num_record_batches))
+    except pa.ArrowInvalid as error:
+        raise InputError(f"not an Arrow file: {error}", path) from error
+
+
+def _read_batch(batch: pa.RecordBatch) -> tuple[list[str], Csr]:
+    terms, weights = batch.column("terms"), batch.column("weights")
+    return batch.column("id").to_pylist(), Csr(terms.offsets.to_numpy(), terms.values.to_numpy(),
+                                               weights.values.to_numpy())
+
+
+def join(pieces: Iterable[tuple[Sequence[str], Csr]]) -> tuple[list[str], Csr]:
+    """One after the other as one; a single piece is passed through without a copy."""
+    pieces = list(pieces)
+    if len(pieces) == 1:
+        return list(pieces[0][0]), pieces[0][1]
+    ids = [name for names, _ in pieces for name in names]
+    counts = [np.diff(csr.indptr) for _, csr in pieces]
+    return ids, Csr(_offsets(np.concatenate(counts) if counts else np.zeros(0, np.int64)),
+                    np.concatenate([csr.indices for _, csr in pieces] or [np.zeros(0, np.int32)]),
+                    np.concatenate([csr.weights for _, csr in pieces] or [np.zeros(0, np.uint16)]))
+
+
+def write_vocabulary(folder: str | Path, vocabulary: Sequence[str]) -> None:
+    """Write ``vocabulary.json``."""
+    with artifact.atomic_file(Path(folder) / VOCABULARY) as out:
+        json.dump(list(vocabulary), out, ensure_ascii=False)
+
+
+def read_vocabulary(folder: str | Path) -> list[str]:
+    """Read ``vocabulary.json``: the token strings by term id."""
+    file = Path(folder) / VOCABULARY
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("is missing", file) from None
+    except ValueError as error:
+        raise InputError(f"not JSON: {error}", file) from error
+
+
+def describe(draft: artifact.Draft, **extra: Any) -> None:
+    """Fill the counts and facts of a draft from the parts and the vocabulary that lie in it."""
+    rows = postings = 0
+    for file in part_files(draft.path):
+        table = pa.ipc.open_file(pa.memory_map(str(file)))
+        for i in range(table.num_record_batches):
+            batch = table.get_batch(i)
+            rows, postings = rows + batch.num_rows, postings + len(batch.column("terms").values)
+    draft.counts.update(rows=rows, postings=postings)
+    draft.extra.update({"scale": SCALE, **extra, "vocab_size": len(read_vocabulary(draft.path)),
+                        "mean_active": round(postings / max(rows, 1), 3)})
+
+
+def _first_repeated(ids: Iterable[str]) -> str:
+    seen: set[str] = set()
+    for name in ids:
+        if name in seen:
+            return name
+        seen.add(name)
+    return ""
