@@ -1,0 +1,257 @@
+"""Batches of pre-training and fine-tuning, as pure functions of (seed, step, rank).
+
+Shapes: B sequences, L tokens, Q queries of this rank, G queries of all ranks, N documents per query.
+
+The examples of a run form one endless stream: epoch after epoch, each in an order of its own. Step ``s`` takes the
+positions ``s·batch … (s+1)·batch`` of it, rank ``r`` its contiguous share of those. Nothing has to be saved to resume,
+and two ranks together see what one rank sees.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lexmae.config import MaskingConfig, NegativesConfig
+from lexmae.data import masking
+from lexmae.data.draws import NegativeLists
+from lexmae.data.randomness import KeyedRandom
+from lexmae.data.shards import Shards, TokenBatch, TokenTable
+
+_NEGATIVE_STREAM = 8
+
+
+class _Movable:
+    """A dataclass of tensors (and of lists and further batches) that can be sent to a device as a whole."""
+
+    def to(self, device: torch.device) -> Any:
+        """A copy with every tensor on ``device``."""
+        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [_move(item, device) for item in value]
+    return value.to(device, non_blocking=True) if isinstance(value, (torch.Tensor, _Movable)) else value
+
+
+@dataclass
+class TextBatch(_Movable):
+    """What every model forward takes: input_ids, attention_mask, token_type_ids int64 [B, L]; text_mask bool [B, L]
+    is the attention mask without special tokens."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    text_mask: torch.Tensor
+    token_type_ids: torch.Tensor
+
+    def arguments(self) -> dict[str, torch.Tensor]:
+        """The tensors by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass
+class PretrainBatch(_Movable):
+    """A micro-batch of pre-training: ``text.input_ids`` is masked for the encoder; labels are -100 elsewhere."""
+
+    text: TextBatch
+    enc_labels: torch.Tensor  # int64 [B, L]
+    dec_input_ids: torch.Tensor  # int64 [B, L]
+    dec_labels: torch.Tensor  # int64 [B, L]
+    enc_count: int  # labelled positions
+    dec_count: int
+
+
+@dataclass
+class RankingBatch(_Movable):
+    """This rank's share of a fine-tuning step.
+
+    ``docs`` are chunks of at most the micro-batch, longest first; row ``i`` of the Q·N documents (query 0's positive,
+    its negatives, query 1's positive, …) is row ``doc_order[i]`` of the concatenated chunks.
+    ``exclude`` [2, E] are (query, document) pairs of the global batch [G, G·N] that take no part in the loss.
+    """
+
+    queries: TextBatch
+    docs: list[TextBatch]
+    doc_order: torch.Tensor  # int64 [Q·N]
+    n_docs: int
+    exclude: torch.Tensor  # int64 [2, E]
+
+
+def text_batch(tokens: TokenBatch, structural: np.ndarray, segments: bool) -> TextBatch:
+    """Tensors of padded token ids; ``structural`` are the special ids that are not text."""
+    length = tokens.ids.shape[1]
+    position = np.arange(length)[None, :]
+    attention = position < tokens.lengths[:, None]  # [B, L]
+    text = attention & ~np.isin(tokens.ids, structural)
+    types = (position >= tokens.first_lengths[:, None]) & attention if segments else np.zeros_like(attention)
+    return TextBatch(torch.from_numpy(tokens.ids), torch.from_numpy(attention.astype(np.int64)),
+                     torch.from_numpy(text), torch.from_numpy(types.astype(np.int64)))
+
+
+class Stream:
+    """Which row of a data set each position of the endless stream of examples is."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def rows(self, step: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the stream and rows of the data set for one global batch, both int64 [batch]."""
+        positions = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
+        epochs, places = np.divmod(positions, self.size)
+        rows = np.empty(batch, np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = self._order(int(epoch))[places[here]]
+        return positions, rows
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.size)
+        return self._orders[epoch]
+
+
+def share(rank: int, world: int, batch: int) -> slice:
+    """The part of a global batch that a rank computes; ``batch`` is a multiple of ``world``."""
+    each = batch // world
+    return slice(rank * each, (rank + 1) * each)
+
+
+class PretrainData:
+    """Micro-batches of pre-training over all documents of the shards.
+
+    Args:
+        micro_batch: sequences per micro-batch; the rank's share of the global batch is a multiple of it.
+    """
+
+    def __init__(self, shards: Shards, config: MaskingConfig, *, seed: int, batch: int, micro_batch: int,
+                 rank: int = 0, world: int = 1):
+        self.shards, self.config, self.seed = shards, config, seed
+        self.batch, self.micro_batch = batch, micro_batch
+        self._part = share(rank, world, batch)
+        self._stream = Stream(len(shards.docs), seed)
+        self._structural = np.asarray(shards.special.structural)
+        special = {*shards.special.structural, shards.special.unk}
+        self._plain_ids = np.setdiff1d(np.arange(shards.vocab_size), np.asarray(sorted(special)))
+        self._starts = shards.word_starts() if config.whole_word else None
+        self.size = len(shards.docs)
+
+    def __call__(self, step: int) -> list[PretrainBatch]:
+        """The rank's micro-batches of one optimizer step, texts of similar length together."""
+        positions, rows = self._stream.rows(step, self.batch)
+        positions, rows = positions[self._part], rows[self._part]
+        order = np.argsort(-self.shards.docs.lengths[rows], kind="stable")
+        return [self._micro(positions[part], rows[part])
+                for part in (order[i:i + self.micro_batch] for i in range(0, len(order), self.micro_batch))]
+
+    def _micro(self, positions: np.ndarray, rows: np.ndarray) -> PretrainBatch:
+        tokens = self.shards.docs.pad_batch(rows, self.shards.special.pad)
+        text = text_batch(tokens, self._structural, self.shards.token_type_ids)
+        words = None if self._starts is None else np.cumsum(self._starts[tokens.ids] | ~text.text_mask.numpy(), axis=1)
+        encoder, decoder = masking.mask_pair(tokens.ids, text.text_mask.numpy(), self.shards.special.mask,
+                                             self._plain_ids, self.config, KeyedRandom(self.seed, positions), words)
+        text.input_ids = torch.from_numpy(encoder.ids)
+        return PretrainBatch(text, *(torch.from_numpy(a) for a in (encoder.labels, decoder.ids, decoder.labels)),
+                             enc_count=int((encoder.labels != masking.IGNORE).sum()),
+                             dec_count=int((decoder.labels != masking.IGNORE).sum()))
+
+
+class RankingData:
+    """Fine-tuning steps over the judged (query, positive) pairs of a split.
+
+    Args:
+        negatives: lists of negatives by query row.
+        micro_batch: documents per chunk.
+    """
+
+    def __init__(self, shards: Shards, split: str, negatives: NegativeLists, config: NegativesConfig, *, seed: int,
+                 batch: int, micro_batch: int, exclude_judged: bool = True, rank: int = 0, world: int = 1):
+        self.shards, self.queries = shards, shards.queries(split)
+        self.negatives, self.config, self.seed = negatives, config, seed
+        self.batch, self.micro_batch, self._exclude_judged = batch, micro_batch, exclude_judged
+        self._part = share(rank, world, batch)
+        self._pairs = negatives.judged_pairs()  # [pairs, 2]
+        self._stream = Stream(len(self._pairs), seed)
+        self._structural = np.asarray(shards.special.structural)
+        self.size = len(self._pairs)
+
+    def __call__(self, step: int) -> RankingBatch:
+        """The rank's share of one optimizer step."""
+        positions, rows = self._stream.rows(step, self.batch)
+        pairs = self._pairs[rows]  # [G, 2]
+        docs = self._documents(positions, pairs)  # [G, N]
+        exclude = self._judged_in_batch(pairs, docs) if self._exclude_judged else np.zeros((2, 0), np.int64)
+        chunks, order = self._chunks(docs[self._part].reshape(-1))
+        return RankingBatch(self._text(self.queries, pairs[self._part, 0]), chunks, torch.from_numpy(order),
+                            docs.shape[1], torch.from_numpy(exclude))
+
+    def _documents(self, positions: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        """Document rows [G, N]: the positive, then negatives drawn afresh for this position of the stream."""
+        drawn = self.negatives.draw(pairs[:, 0], self.config.per_query, KeyedRandom(self.seed, positions),
+                                    _NEGATIVE_STREAM)
+        return np.concatenate([pairs[:, 1:], drawn], axis=1)
+
+    def _judged_in_batch(self, pairs: np.ndarray, docs: np.ndarray) -> np.ndarray:
+        """(query, column) of every judged positive of a query in the batch that is not its own column."""
+        columns = docs.reshape(-1)
+        order = np.argsort(columns, kind="stable")
+        ordered = columns[order]
+        found = []
+        for query, row in enumerate(pairs[:, 0]):
+            judged = self.negatives.judged(int(row))
+            starts, ends = np.searchsorted(ordered, judged, "left"), np.searchsorted(ordered, judged, "right")
+            for start, end in zip(starts, ends, strict=True):
+                found += [(query, column) for column in order[start:end] if column != query * docs.shape[1]]
+        return np.asarray(sorted(found), np.int64).reshape(-1, 2).T.copy()
+
+    def _chunks(self, rows: np.ndarray) -> tuple[list[TextBatch], np.ndarray]:
+        longest_first = np.argsort(-self.shards.docs.lengths[rows], kind="stable")
+        chunks = [self._text(self.shards.docs, rows[longest_first[i:i + self.micro_batch]])
+                  for i in range(0, len(rows), self.micro_batch)]
+        return chunks, np.argsort(longest_first, kind="stable")
+
+    def _text(self, table: TokenTable, rows: np.ndarray) -> TextBatch:
+        return text_batch(table.pad_batch(rows, self.shards.special.pad), self._structural, self.shards.token_type_ids)
+
+
+def prefetch(make: Callable[[int], Any], start: int, stop: int, depth: int = 4) -> Iterator[Any]:
+    """``make(start) … make(stop - 1)`` in order, computed in a background thread up to ``depth`` ahead."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    closed = threading.Event()
+
+    def put(item: tuple[Any, BaseException | None]) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for step in range(start, stop):
+                if not put((make(step), None)):
+                    return
+        except BaseException as error:  # handed to the consumer, which raises it
+            put((None, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in range(start, stop):
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        closed.set()
+        thread.join()
