@@ -1,0 +1,219 @@
+"""Hard negatives: every format in which they are published, read into one, and the project's own format
+written.
+
+| format | told by | a row |
+|---|---|---|
+| own | JSON lines with `negatives` | `{"qid", "negatives": [docid…], "scores": [float…]?}` |
+| sentence-transformers | JSON lines with `neg` | `{"qid", "pos": [id…], "neg": {system: [id…]}}` |
+| MS MARCO `train.negatives.tsv` | two tab-separated columns | `qid, "pid,pid,…"` |
+| MS MARCO `top1000.*` | four tab-separated columns | `qid, pid, query, passage` |
+| TREC run | six columns, the second `Q0` | `qid Q0 docid rank score tag` |
+| research code's pickle | name ends with `.pkl` | `{qid: [pid…]}` |
+
+Scores are a teacher's: retrieval scores (of a run, of a pickle) are not passed on, since a student must not
+learn them by accident.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+from lexmae import artifact
+from lexmae.data.lines import (
+    blank_cells,
+    check_id,
+    check_score,
+    first_lines,
+    open_bytes,
+    read_lines,
+    read_objects,
+    read_tsv,
+)
+from lexmae.errors import InputError
+
+Row = tuple[str, list[str], "list[float] | None"]
+
+
+def read_negatives(path: str | Path) -> Iterator[Row]:
+    """Rows (query id, document ids best first, teacher scores or None), one per query.
+
+    Raises InputError for a format that is not known, an empty file, a bad line and a repeated query.
+    """
+    seen: set[str] = set()
+    for line, row in _rows(Path(path)):
+        if row[0] in seen:
+            raise InputError(f"repeated query {row[0]!r}", path=path, line=line)
+        seen.add(row[0])
+        yield row
+    if not seen:
+        raise InputError("no negatives in this file", path=path)
+
+
+def write_negatives(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write the project's own JSON lines; the file appears under its name when it is complete."""
+    with artifact.atomic_file(path, "w", encoding="utf-8", newline="\n") as file:
+        for qid, negatives, scores in rows:
+            row: dict = {"qid": qid, "negatives": list(negatives)}
+            if scores is not None:
+                if len(scores) != len(row["negatives"]):
+                    raise ValueError(
+                        f"query {qid!r}: {len(row['negatives'])} negatives but {len(scores)} scores"
+                    )
+                row["scores"] = [float(score) for score in scores]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _rows(path: Path) -> Iterator[tuple[int | None, Row]]:
+    """Tell the format and hand the file to its reader."""
+    if path.name.endswith((".pkl", ".pkl.gz", ".pickle")):
+        return _read_pickle(path)
+    head = first_lines(path, 1)
+    if not head:
+        raise InputError("the file is empty", path=path)
+    number, line = head[0]
+    if line.lstrip(" \t").startswith("{"):
+        return _read_json(path)
+    cells = blank_cells(line)
+    if len(cells) == 6 and cells[1].upper() == "Q0":
+        return _read_run(path)
+    columns = line.count("\t") + 1
+    if columns == 2:
+        return _read_lists(path)
+    if columns == 4:
+        return _read_candidates(path)
+    reason = (
+        "unknown format of negatives: expected JSON lines, `qid<tab>pid,pid,…`,"
+        " `qid<tab>pid<tab>query<tab>passage`, a TREC run or a .pkl file"
+    )
+    raise InputError(reason, path=path, line=number)
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
+    for line, row in read_objects(path):
+        qid = check_id(row.get("qid"), "qid", path, line)
+        if "negatives" in row:
+            yield line, (qid, *_own_row(row, path, line))
+        elif isinstance(row.get("neg"), dict):
+            yield line, (qid, *_system_row(row, path, line))
+        else:
+            raise InputError('expected a list "negatives" or an object "neg"', path=path, line=line)
+
+
+def _own_row(row: dict, path: Path, line: int) -> tuple[list[str], list[float] | None]:
+    ids = _id_list(row["negatives"], path, line)
+    scores = row.get("scores")
+    if scores is None:
+        return ids, None
+    if not isinstance(scores, list) or len(scores) != len(ids):
+        found = f"{len(scores)} scores" if isinstance(scores, list) else "no list"
+        raise InputError(
+            f"scores: expected one for each of {len(ids)} negatives, found {found}", path=path, line=line
+        )
+    return ids, [check_score(score, "score", path, line) for score in scores]
+
+
+def _system_row(row: dict, path: Path, line: int) -> tuple[list[str], list[float] | None]:
+    """Several systems' lists become one: first ranks first, without repeats and positives.
+
+    An entry is an id, or `{"pid", "ce-score"}` in the releases that carry a cross-encoder's scores.
+    """
+    positives = {pid for pid, _ in _entries(row.get("pos") or [], path, line)}
+    lists = [_entries(entries, path, line) for entries in row["neg"].values()]
+    merged: dict[str, float | None] = {}
+    for rank in zip_longest(*lists):
+        for pid, score in (entry for entry in rank if entry is not None):
+            if pid not in positives:
+                merged.setdefault(pid, score)
+    scores = [score for score in merged.values() if score is not None]
+    return list(merged), scores if merged and len(scores) == len(merged) else None
+
+
+def _entries(entries: object, path: Path, line: int) -> list[tuple[str, float | None]]:
+    if not isinstance(entries, list):
+        raise InputError("expected a list of documents", path=path, line=line)
+    found: list[tuple[str, float | None]] = []
+    for entry in entries:
+        score = None
+        if isinstance(entry, dict):
+            if entry.get("ce-score") is not None:
+                score = check_score(entry["ce-score"], "ce-score", path, line)
+            entry = entry.get("pid")
+        found.append((check_id(entry, "document id", path, line), score))
+    return found
+
+
+def _read_lists(path: Path) -> Iterator[tuple[int, Row]]:
+    for line, (qid, pids) in read_tsv(path, "qid", "pid,pid,…"):
+        yield line, (check_id(qid, "qid", path, line), _id_list(pids.split(","), path, line), None)
+
+
+def _read_candidates(path: Path) -> Iterator[tuple[None, Row]]:
+    """`top1000.*`: candidates in no particular order, a query's lines not always together; gathered in
+    memory.
+    """
+    gathered: dict[str, dict[str, None]] = {}
+    for line, (qid, pid, _query, _passage) in read_tsv(path, "qid", "pid", "query", "passage"):
+        qid = check_id(qid, "qid", path, line)
+        gathered.setdefault(qid, {})[check_id(pid, "pid", path, line)] = None
+    for qid, pids in gathered.items():
+        yield None, (qid, list(pids), None)
+
+
+def _read_run(path: Path) -> Iterator[tuple[None, Row]]:
+    """A TREC run: best score first, equal scores by document id, whatever the order of the lines."""
+    gathered: dict[str, dict[str, float]] = {}
+    for line, text in read_lines(path):
+        cells = blank_cells(text)
+        if len(cells) != 6:
+            raise InputError(
+                f"expected `qid Q0 docid rank score tag`, found {len(cells)} columns", path=path, line=line
+            )
+        qid, _, docid, _, score, _ = cells
+        ranking = gathered.setdefault(qid, {})
+        if docid in ranking:
+            raise InputError(f"repeated document {docid!r} for query {qid!r}", path=path, line=line)
+        ranking[docid] = check_score(score, "score", path, line)
+    for qid, ranking in gathered.items():
+        yield None, (qid, sorted(ranking, key=lambda docid: (-ranking[docid], docid)), None)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits dict, list, tuple, int, float and str. Looking up any name, the way to run code, is refused."""
+
+    def find_class(self, module: str, name: str) -> object:
+        raise pickle.UnpicklingError(
+            f"names {module}.{name}; only dict, list, tuple, int, float and str are admitted"
+        )
+
+    def persistent_load(self, pid: object) -> object:
+        raise pickle.UnpicklingError("refers to an object outside the file")
+
+
+def _read_pickle(path: Path) -> Iterator[tuple[None, Row]]:
+    with open_bytes(path) as file:
+        try:
+            table = _PlainUnpickler(file).load()
+        except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError,
+                OverflowError, MemoryError) as error:  # fmt: skip
+            raise InputError(f"not an admissible pickle: {error}", path=path) from None
+    if not isinstance(table, dict):
+        raise InputError(f"expected a dict of negatives, found {type(table).__name__}", path=path)
+    for qid, entries in table.items():
+        if isinstance(entries, dict):
+            entries = list(entries)
+        if not isinstance(entries, (list, tuple)):
+            raise InputError(
+                f"query {qid!r}: expected a list of ids, found {type(entries).__name__}", path=path
+            )
+        pids = [entry[0] if isinstance(entry, (list, tuple)) and entry else entry for entry in entries]
+        yield None, (check_id(qid, "query id", path, None), _id_list(pids, path, None), None)
+
+
+def _id_list(values: object, path: Path, line: int | None) -> list[str]:
+    if not isinstance(values, list):
+        raise InputError("expected a list of document ids", path=path, line=line)
+    return [check_id(value, "document id", path, line) for value in values]
