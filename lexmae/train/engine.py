@@ -1,0 +1,214 @@
+"""The training engine: DeepSpeed behind the few calls that the loop needs, and what crosses ranks.
+
+``deepspeed`` is imported here and in ``checkpoint.py``, nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lexmae.config import OptimizationConfig
+from lexmae.train.hardware import Hardware
+
+if not torch.cuda.is_available():  # before deepspeed chooses for itself
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an optimizer step tells: the gradient norm before clipping, the loss scale, whether it was applied."""
+
+    grad_norm: float
+    loss_scale: float
+    applied: bool
+
+
+def start_processes() -> torch.device:
+    """Join the ranks that the launcher started (or stand alone) and return this rank's device."""
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    else:
+        # DeepSpeed's shared-memory operator serves inference alone, and would be compiled at the first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def stop_processes() -> None:
+    """Leave the group of ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows, for a loss that every rank computes alike.
+
+    Each rank holds the whole loss, and the engine averages gradients over the ranks. A rank's own slice of the
+    gradient, times the number of ranks, is therefore the gradient of the loss that one rank would compute.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        ctx.count = len(rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        start = dist.get_rank() * ctx.count
+        return gradient[start:start + ctx.count] * dist.get_world_size()
+
+
+def gather(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [B, …] of every rank in rank order, [world·B, …]; differentiable where all ranks compute the same loss."""
+    return rows if not dist.is_initialized() or dist.get_world_size() == 1 else _Gather.apply(rows)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: weight decay on matrices, none on biases and normalisation weights (vectors)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    Args:
+        model: module in float32, equal on all ranks.
+        hardware: ZeRO stage, precision, micro-batch.
+        optimization: AdamW settings; the learning rate is set at every step.
+    """
+
+    def __init__(self, model: torch.nn.Module, hardware: Hardware, optimization: OptimizationConfig,
+                 device: torch.device):
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, optimization.weight_decay), lr=optimization.lr,
+            betas=(optimization.beta1, optimization.beta2), eps=optimization.epsilon, fused=True)
+        self.hardware, self.device = hardware, device
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(hardware.config),
+                                                  dist_init_required=False)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model itself."""
+        return self.deepspeed.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of one micro-batch's share of the step's loss.
+
+        The shares of all micro-batches and ranks sum to the loss of the step; DeepSpeed averages over both, which is
+        undone here.
+        """
+        self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
+
+    def end_micro_batch(self) -> None:
+        """Close a micro-batch that is not the last of its step."""
+        self.deepspeed.step()
+
+    def step(self, lr: float) -> StepReport:
+        """Close the last micro-batch and update the weights with learning rate ``lr``."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        own_norm = None if hasattr(self.deepspeed.optimizer, "_global_grad_norm") else self._grad_norm()
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm() if own_norm is None else own_norm
+        scale = getattr(self.deepspeed.optimizer, "cur_scale", getattr(self.deepspeed.optimizer, "loss_scale", 1.0))
+        return StepReport(float("nan") if norm is None else float(norm), float(scale),
+                          bool(self.deepspeed.was_step_applied()))
+
+    def _grad_norm(self) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def full_state(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """float32 state dict of a part of the model on the CPU of rank 0, empty elsewhere. Every rank must call it.
+
+        Weights are the optimizer's float32 copies where the precision is lower, gathered where ZeRO splits them.
+        """
+        state, seen = {}, {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if id(parameter) not in seen:
+                full = safe_get_full_fp32_param(parameter) if _is_split(parameter) else None
+                full = parameter.detach() if full is None else full.detach()
+                seen[id(parameter)] = full.float().cpu().clone() if self.rank == 0 else None
+            state[name] = seen[id(parameter)]
+        state |= {name: buffer.detach().cpu().clone() for name, buffer in module.named_buffers()}
+        return state if self.rank == 0 else {}
+
+
+def _is_split(parameter: torch.nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None
+
+
+def on_rank_zero(action: Callable[[], Any]) -> None:
+    """Run ``action`` on rank 0 while the others wait; an error of it stops every rank."""
+    failed = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    error: BaseException | None = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except Exception as caught:  # raised again below, once the other ranks know
+            error, failed = caught, failed + 1
+    dist.all_reduce(failed)
+    if error is not None:
+        raise error
+    if failed.item():
+        raise SystemExit(1)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """This rank's random state of torch (dropout)."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore what ``rng_state`` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean; NaN of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,120 @@
+"""What belongs to the machine: reads a file of ``ds_configs/`` and joins it with the recipe's batch and clipping.
+
+No torch and no deepspeed here, so that a wrong combination is refused within a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lexmae.config import OptimizationConfig
+from lexmae.errors import InputError
+
+_MICRO = "train_micro_batch_size_per_gpu"
+# Keys of a DeepSpeed configuration that say how a model learns: the recipe owns them.
+_RECIPE_KEYS = {"train_batch_size": "optimization.batch", "gradient_accumulation_steps": "optimization.batch",
+                "optimizer": "optimization.lr and its siblings", "scheduler": "optimization.warmup",
+                "gradient_clipping": "optimization.clip"}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """How a run is spread over ranks.
+
+    Attributes:
+        world: number of ranks.
+        micro_batch: texts that a rank computes at a time.
+        accumulation: micro-batches per optimizer step.
+        config: the complete DeepSpeed configuration.
+    """
+
+    world: int
+    micro_batch: int
+    accumulation: int
+    config: dict[str, Any]
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
+        return int(self.config.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def precision(self) -> str:
+        """``fp16``, ``bf16`` or ``fp32``."""
+        return next((name for name in ("fp16", "bf16") if self.config.get(name, {}).get("enabled")), "fp32")
+
+
+def find(name: str) -> Path:
+    """A configuration by path, or by its path relative to the project that this file belongs to."""
+    for base in (Path(), Path(__file__).resolve().parents[2]):
+        if (base / name).is_file():
+            return base / name
+    raise InputError("no such DeepSpeed configuration", name)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A DeepSpeed configuration without the keys that a recipe owns.
+
+    Raises:
+        InputError: not JSON, or it sets what the recipe owns.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"not JSON: {error}", path, getattr(error, "lineno", None)) from error
+    if not isinstance(config, dict):
+        raise InputError("a JSON object is needed", path)
+    for key, owner in _RECIPE_KEYS.items():
+        if key in config:
+            raise InputError(f"sets {key}, which the recipe owns ({owner})", path)
+    return config
+
+
+def compose(path: Path, optimization: OptimizationConfig, world: int, *, accumulate: bool) -> Hardware:
+    """Join the machine's configuration with the recipe's batch.
+
+    Args:
+        accumulate: whether micro-batches are steps of gradient accumulation (pre-training) or chunks of one
+            computation (fine-tuning, where every query meets every document of the global batch).
+
+    Raises:
+        InputError: a key is set on both sides, or the global batch cannot be divided as asked.
+    """
+    config = read(path)
+    if _MICRO in config and optimization.micro_batch is not None:
+        raise InputError(f"sets {_MICRO} while the recipe sets optimization.micro_batch: keep one of the two", path)
+    batch = optimization.batch
+    if batch % world:
+        raise InputError(f"optimization.batch {batch} cannot be shared evenly by {world} ranks")
+    share = batch // world
+    micro = optimization.micro_batch or config.get(_MICRO)
+    if micro is not None and not (isinstance(micro, int) and micro > 0):
+        raise InputError(f"{_MICRO}: a positive whole number is needed, not {micro!r}", path)
+    if accumulate:
+        micro = min(micro or share, share)
+        if share % micro:
+            raise InputError(f"optimization.batch {batch} over {world} ranks is {share} per rank, "
+                             f"which is not a multiple of the micro-batch {micro}")
+    accumulation = share // micro if accumulate else 1
+    config |= {"train_batch_size": batch, "gradient_accumulation_steps": accumulation,
+               _MICRO: share // accumulation, "zero_allow_untested_optimizer": True,
+               "steps_per_print": config.get("steps_per_print", 10**9)}
+    if optimization.clip:
+        config["gradient_clipping"] = optimization.clip
+    return Hardware(world, micro or 0, accumulation, config)
+
+
+def world_size() -> int:
+    """Number of ranks that the launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_precision(hardware: Hardware, has_gpu: bool, path: Path) -> None:
+    """Refuse fp16 where no GPU would compute it."""
+    if hardware.precision == "fp16" and not has_gpu:
+        raise InputError("asks for fp16, which needs a GPU; on a CPU use --deepspeed_config ds_configs/fp32_zero1.json",
+                         path)

@@ -1,0 +1,138 @@
+"""What is learned: pre-training and ranking, each a model, its data and its named losses.
+
+An objective turns the micro-batches of one optimizer step into losses whose sum over micro-batches and ranks is the
+loss of the step, whatever their number: means are taken over the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lexmae.config import BottleneckConfig, LossConfig
+from lexmae.data.batches import PretrainBatch, RankingBatch, TextBatch
+from lexmae.train import losses, schedules
+
+Metrics = dict[str, torch.Tensor]  # scalars; summed over micro-batches and ranks they are the value to report
+
+
+class Objective(Protocol):
+    """What the loop needs of an objective."""
+
+    def micro_batches(self, step_data: Any) -> list[Any]:
+        """The micro-batches of this rank for one optimizer step."""
+
+    def counts(self, step_data: Any) -> list[int]:
+        """Numbers whose sum over the ranks ``loss`` needs; the same length on every rank."""
+
+    def loss(self, forward: Callable[..., Any], batch: Any, totals: list[float], step: int,
+             total_steps: int) -> tuple[torch.Tensor, Metrics]:
+        """This micro-batch's share of the step's loss, and its shares of the metrics."""
+
+    def sizes(self, batch: Any) -> tuple[int, int]:
+        """Tokens of a micro-batch, without and with padding."""
+
+
+class PretrainObjective:
+    """Masked-LM losses of encoder and decoder (SPEC §1), means over the labelled positions of the global batch."""
+
+    def __init__(self, config: BottleneckConfig):
+        self.config = config
+
+    def micro_batches(self, step_data: list[PretrainBatch]) -> list[PretrainBatch]:
+        """As they come."""
+        return step_data
+
+    def counts(self, step_data: list[PretrainBatch]) -> list[int]:
+        """Labelled positions for the encoder and for the decoder."""
+        return [sum(batch.enc_count for batch in step_data), sum(batch.dec_count for batch in step_data)]
+
+    def loss(self, forward, batch: PretrainBatch, totals: list[float], step: int,
+             total_steps: int) -> tuple[torch.Tensor, Metrics]:
+        """``w_enc·loss_enc + w_dec·loss_dec``."""
+        out = forward(**batch.text.arguments(), enc_labels=batch.enc_labels, dec_input_ids=batch.dec_input_ids,
+                      dec_labels=batch.dec_labels)
+        encoder, decoder = (max(1.0, total) for total in totals)
+        enc_loss, dec_loss = out["enc_loss_sum"] / encoder, out["dec_loss_sum"] / decoder
+        loss = self.config.encoder_weight * enc_loss + self.config.decoder_weight * dec_loss
+        return loss, {"loss": loss.detach(), "loss_enc": enc_loss.detach(), "loss_dec": dec_loss.detach(),
+                      "accuracy_enc": out["enc_correct"] / encoder, "accuracy_dec": out["dec_correct"] / decoder}
+
+    def sizes(self, batch: PretrainBatch) -> tuple[int, int]:
+        """Tokens without and with padding."""
+        return _sizes([batch.text])
+
+
+class RankingModel(nn.Module):
+    """Encodes the texts of a ranking batch with one encoder, in chunks of bounded size.
+
+    Args:
+        encoder: texts → [B, V].
+        recompute: keep the vectors of a chunk alone and compute its activations again in the backward pass, so that
+            the memory of one chunk is enough for a batch of any size (the effect of GradCache, Gao et al. 2021, in a
+            single backward pass).
+    """
+
+    def __init__(self, encoder: nn.Module, recompute: bool = False):
+        super().__init__()
+        self.encoder, self.recompute = encoder, recompute
+
+    def forward(self, batch: RankingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vectors of the queries [Q, V] and of the documents [Q·N, V], in the batch's order."""
+        docs = torch.cat([self._encode(chunk) for chunk in batch.docs])
+        return self._encode(batch.queries), docs[batch.doc_order]
+
+    def _encode(self, text: TextBatch) -> torch.Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self.encoder(**text.arguments())
+        # Reentrant: it recomputes under the engine's parameter gathering. It needs an input that requires a gradient.
+        trigger = torch.ones(1, device=text.input_ids.device, requires_grad=True)
+        return checkpoint(lambda _: self.encoder(**text.arguments()), trigger, use_reentrant=True)
+
+
+class RankingObjective:
+    """Contrastive loss over the global batch plus FLOPS on documents and queries (SPEC §3).
+
+    Args:
+        gather: rows of this rank → rows of all ranks, differentiable.
+        world: number of ranks.
+    """
+
+    def __init__(self, config: LossConfig, gather: Callable[[torch.Tensor], torch.Tensor], world: int):
+        self.config, self.gather, self.world = config, gather, world
+
+    def micro_batches(self, step_data: RankingBatch) -> list[RankingBatch]:
+        """The one batch: every query meets every document of the global batch, so nothing is accumulated."""
+        return [step_data]
+
+    def counts(self, step_data: RankingBatch) -> list[int]:
+        """None needed: all ranks compute the loss of the global batch."""
+        return []
+
+    def loss(self, forward, batch: RankingBatch, totals: list[float], step: int,
+             total_steps: int) -> tuple[torch.Tensor, Metrics]:
+        """Every rank computes the loss of the global batch and contributes its share of it."""
+        queries, docs = (self.gather(vectors) for vectors in forward(batch))  # [G, V], [G·N, V]
+        contrastive, accuracy = losses.contrastive(queries, docs, batch.n_docs, batch.exclude,
+                                                   self.config.temperature)
+        flops_d, flops_q = losses.flops(docs), losses.flops(queries)
+        growth = schedules.ramp(step, total_steps, self.config.lambda_ramp)
+        lambda_d, lambda_q = growth * self.config.lambda_docs, growth * self.config.query_weight
+        loss = contrastive + lambda_d * flops_d + lambda_q * flops_q
+        values = {"loss": loss, "loss_contrastive": contrastive, "flops_docs": flops_d, "flops_queries": flops_q,
+                  "accuracy": accuracy, "terms_docs": losses.active_terms(docs),
+                  "terms_queries": losses.active_terms(queries), "lambda_docs": loss.new_tensor(lambda_d),
+                  "lambda_queries": loss.new_tensor(lambda_q)}
+        return loss / self.world, {name: value.detach() / self.world for name, value in values.items()}
+
+    def sizes(self, batch: RankingBatch) -> tuple[int, int]:
+        """Tokens without and with padding."""
+        return _sizes([batch.queries, *batch.docs])
+
+
+def _sizes(texts: list[TextBatch]) -> tuple[int, int]:
+    return sum(int(t.attention_mask.sum()) for t in texts), sum(t.attention_mask.numel() for t in texts)
