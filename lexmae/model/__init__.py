@@ -1,0 +1,1 @@
+"""Batches of token ids to logits to sparse lexicon vectors."""

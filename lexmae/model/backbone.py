@@ -1,0 +1,252 @@
+"""The only file that knows one backbone from another.
+
+Every other module sees a masked language model through the functions below: its embeddings, its last hidden states, the
+transform and the output matrix of its LM head, and a weak decoder made of its own kind of layers. A new family is one row
+of `FAMILIES`.
+
+Shapes: B sequences, L tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+
+from lexmae.errors import InputError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family differs: the LM-head transform, and whether its embeddings read segment ids."""
+
+    transform: Callable[[PreTrainedModel, Tensor], Tensor]
+    segments: bool
+    offset_positions: bool = False
+    """Positions start after the padding id, so that fewer of them are left for tokens."""
+
+
+def _bert(lm: Any, hidden: Tensor) -> Tensor:
+    return lm.cls.predictions.transform(hidden)
+
+
+def _distilbert(lm: Any, hidden: Tensor) -> Tensor:
+    return lm.vocab_layer_norm(lm.activation(lm.vocab_transform(hidden)))
+
+
+def _roberta(lm: Any, hidden: Tensor) -> Tensor:
+    return lm.lm_head.layer_norm(F.gelu(lm.lm_head.dense(hidden)))
+
+
+def _modernbert(lm: Any, hidden: Tensor) -> Tensor:
+    return lm.head(hidden)
+
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family(_bert, segments=True),
+    "distilbert": Family(_distilbert, segments=False),
+    "roberta": Family(_roberta, segments=True, offset_positions=True),
+    "xlm-roberta": Family(_roberta, segments=True, offset_positions=True),
+    "modernbert": Family(_modernbert, segments=False),
+}
+
+
+def _family(lm: PreTrainedModel) -> Family:
+    return FAMILIES[lm.config.model_type]
+
+
+# ---------------------------------------------------------------------------------------------- making one
+
+
+def load_masked_lm(init: str, **kw: Any) -> PreTrainedModel:
+    """A masked language model from a folder or a hub name, in float32 unless `dtype` says otherwise.
+
+    Keywords go to `AutoModelForMaskedLM.from_pretrained`. Raises InputError when the folder or name holds no such model.
+    """
+    folder = Path(init)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError("no config.json: not a Hugging Face model folder", path=init)
+    elif folder.is_absolute() or init.startswith((".", "~")) or init.count("/") > 1 or not init:
+        raise InputError("no such model folder", path=init)
+    try:
+        config = AutoConfig.from_pretrained(init)
+        _check_family(config.model_type, init)
+        lm = AutoModelForMaskedLM.from_pretrained(init, config=config, **{"dtype": torch.float32, **kw})
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load a masked language model: {_first_line(error)}", path=init) from error
+    return _settle(lm)
+
+
+def create_masked_lm(
+    architecture: str, vocab_size: int, special: Mapping[str, int], size: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """A randomly initialised masked language model.
+
+    `architecture` is one of FAMILIES. `special` maps "pad", "cls", "sep" (and others, which are ignored) to ids. `size`
+    holds the architecture's own config names (`hidden_size`, `num_hidden_layers`, dropout rates, …). The weights are a
+    function of torch's generator. Raises InputError for an unknown architecture, size key or impossible value.
+    """
+    _check_family(architecture)
+    size = dict(size or {})
+    known = size_keys(architecture)
+    unknown = sorted(set(size) - set(known))
+    if unknown:
+        raise InputError(f"unknown size {', '.join(unknown)} for {architecture}; known: {', '.join(known)}")
+    ids = _special_ids(special, vocab_size)
+    try:
+        config = AutoConfig.for_model(architecture, **{"vocab_size": vocab_size, **ids, **size})
+        lm = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise InputError(f"cannot build a {architecture} of this size: {_first_line(error)}") from error
+    return _settle(lm)
+
+
+def size_keys(architecture: str) -> list[str]:
+    """The config names of an architecture that `create_masked_lm` takes as sizes, sorted."""
+    _check_family(architecture)
+    cls = type(AutoConfig.for_model(architecture))
+    names = {f.name for f in fields(cls)} - {f.name for f in fields(PreTrainedConfig)}
+    names |= {alias for alias, name in cls.attribute_map.items() if name in names}
+    return sorted(n for n in names if not n.endswith("_token_id") and n != "vocab_size")
+
+
+def _special_ids(special: Mapping[str, int], vocab_size: int) -> dict[str, int]:
+    if "pad" not in special:
+        raise InputError("the padding token's id is missing from the special ids")
+    for name, token in special.items():
+        if not 0 <= token < vocab_size:
+            raise InputError(f"special id {name}={token} lies outside the vocabulary of {vocab_size}")
+    ids = {"pad_token_id": special["pad"]}
+    for name, keys in {"cls": ("cls_token_id", "bos_token_id"), "sep": ("sep_token_id", "eos_token_id")}.items():
+        if name in special:
+            ids.update(dict.fromkeys(keys, special[name]))
+    return ids
+
+
+def _check_family(name: str, path: str | None = None) -> None:
+    if name not in FAMILIES:
+        raise InputError(f"unknown backbone {name!r}; known: {', '.join(FAMILIES)}", path=path)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300] if lines else type(error).__name__
+
+
+def _settle(lm: PreTrainedModel) -> PreTrainedModel:
+    """Options under which every family's forward returns plain dense logits."""
+    if getattr(lm.config, "sparse_prediction", False):
+        lm.config.sparse_prediction = lm.sparse_prediction = False
+    return lm
+
+
+# ------------------------------------------------------------------------------------------ looking into one
+
+
+def word_embeddings(lm: PreTrainedModel) -> nn.Parameter:
+    """The word-embedding table [V, H]."""
+    return lm.get_input_embeddings().weight
+
+
+def output_matrix(lm: PreTrainedModel) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """The LM head's output matrix [V, H] and bias [V] (None where the backbone has none)."""
+    head = lm.get_output_embeddings()
+    return head.weight, head.bias
+
+
+def max_length(lm: PreTrainedModel) -> int:
+    """The longest sequence, in tokens, that the position embeddings reach."""
+    config = lm.config
+    return config.max_position_embeddings - (config.pad_token_id + 1 if _family(lm).offset_positions else 0)
+
+
+def embed(lm: PreTrainedModel, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    """What the first layer reads [B, L, H]: word, position and segment embeddings with their LayerNorm and dropout."""
+    return lm.base_model.embeddings(input_ids=input_ids, **_segments(lm, token_type_ids))
+
+
+def hidden_states(
+    lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+) -> Tensor:
+    """Last hidden states [B, L, H]; segment ids are used only where the backbone has them."""
+    segments = _segments(lm, token_type_ids)
+    return lm.base_model(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
+
+
+def transform(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The LM head up to its output matrix (dense, activation, LayerNorm): [..., H] -> [..., H]."""
+    return _family(lm).transform(lm, hidden)
+
+
+def _segments(lm: PreTrainedModel, token_type_ids: Tensor | None) -> dict[str, Tensor]:
+    used = token_type_ids is not None and _family(lm).segments and getattr(lm.config, "type_vocab_size", 0) > 1
+    return {"token_type_ids": token_type_ids} if used else {}
+
+
+# ---------------------------------------------------------------------------------------------- the decoder
+
+
+class _PassThrough(nn.Module):
+    """Stands where a backbone's embeddings stood: what comes in as `inputs_embeds` goes on unchanged."""
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+        return inputs_embeds
+
+
+class _OutputBias(nn.Module):
+    """Stands where a backbone's output projection stood, and keeps its bias [V] only."""
+
+    def __init__(self, bias: nn.Parameter | None):
+        super().__init__()
+        self.bias = bias
+
+
+class Decoder(nn.Module):
+    """Transformer layers of a backbone's own kind, an LM-head transform and an output bias.
+
+    It owns neither embeddings nor an output matrix: the caller embeds its input and multiplies its output with the word
+    embeddings of the encoder, which is what ties the two.
+    """
+
+    def __init__(self, lm: PreTrainedModel):
+        super().__init__()
+        lm.base_model.embeddings = _PassThrough()
+        lm.set_output_embeddings(_OutputBias(lm.get_output_embeddings().bias))
+        self.layers = lm
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The output bias [V] (None where the backbone has none)."""
+        return self.layers.get_output_embeddings().bias
+
+    def forward(self, embedded: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embedded tokens [B, L, H] -> last hidden states [B, L, H]."""
+        return self.layers.base_model(inputs_embeds=embedded, attention_mask=attention_mask).last_hidden_state
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """The LM head up to the output matrix: [..., H] -> [..., H]."""
+        return transform(self.layers, hidden)
+
+
+def new_decoder(lm: PreTrainedModel, n_layers: int) -> Decoder:
+    """A randomly initialised decoder of `n_layers` layers of `lm`'s own kind (SPEC §1)."""
+    if n_layers < 1:
+        raise InputError(f"the decoder needs at least one layer, not {n_layers}")
+    config = copy.deepcopy(lm.config)
+    pattern = getattr(config, "layer_types", None)
+    config.num_hidden_layers = n_layers
+    if pattern:
+        config.layer_types = [pattern[i % len(pattern)] for i in range(n_layers)]
+    attention = lm.config._attn_implementation
+    small = AutoModelForMaskedLM.from_config(config, dtype=lm.dtype, attn_implementation=attention)
+    return Decoder(small.to(word_embeddings(lm).device))

@@ -1,0 +1,123 @@
+"""The lexicon encoder: texts to sparse vectors over the vocabulary (SPEC §2), saved as a Hugging Face folder.
+
+The folder loads with `AutoModelForMaskedLM`, and with sentence-transformers' `SparseEncoder`, which gives the same vectors:
+a mask module between its transformer and its SPLADE pooling keeps special tokens out of the maximum.
+
+Shapes: B sequences, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lexmae.errors import InputError
+from lexmae.model import backbone, lexicon
+from lexmae.model.head import max_logits
+
+_MODULES = (
+    ("", "sentence_transformers.base.modules.transformer.Transformer"),
+    ("1_MultiVectorMask", "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask"),
+    ("2_SpladePooling", "sentence_transformers.sparse_encoder.modules.splade_pooling.SpladePooling"),
+)
+
+
+class SparseEncoder(nn.Module):
+    """v = log(1 + max over text tokens of relu(logits)), one encoder for queries and documents.
+
+    Args:
+        lm: the masked language model; its LM head gives the logits.
+        head: implementation of the pooled head, see `head.max_logits`.
+    """
+
+    def __init__(self, lm: PreTrainedModel, head: str = "auto"):
+        super().__init__()
+        self.lm = lm
+        self.head = head
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, text_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Vectors [B, V] float32 of a padded batch; all arguments [B, L]. No text token: a vector of zeros."""
+        hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)
+        features = backbone.transform(self.lm, hidden)  # [B, L, H]
+        weight, bias = backbone.output_matrix(self.lm)
+        return lexicon.saturate(max_logits(features, weight, bias, text_mask, self.head))
+
+    def save(self, folder: str | Path, tokenizer_dir: str | Path | None = None) -> None:
+        """Write the model, and with `tokenizer_dir` its tokenizer and the files sentence-transformers reads."""
+        save_masked_lm(self.lm, folder, tokenizer_dir)
+
+    @classmethod
+    def load(cls, init: str | Path, head: str = "auto", **kw: Any) -> SparseEncoder:
+        """From a folder or a hub name; see `backbone.load_masked_lm` for keywords and errors."""
+        return cls(backbone.load_masked_lm(str(init), **kw), head)
+
+
+def save_masked_lm(
+    lm: PreTrainedModel,
+    folder: str | Path,
+    tokenizer_dir: str | Path | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write `lm` as safetensors; with `tokenizer_dir` also the tokenizer and sentence-transformers' files.
+
+    `state_dict` replaces the model's own, for weights that were gathered from several ranks; its keys are `lm`'s.
+    """
+    folder = Path(folder)
+    lm.save_pretrained(folder, state_dict=state_dict)
+    if tokenizer_dir is not None:
+        tokenizer = _load_tokenizer(tokenizer_dir)
+        tokenizer.save_pretrained(folder)
+        write_sentence_transformers_files(folder, tokenizer, backbone.output_matrix(lm)[0].shape[0])
+
+
+def write_sentence_transformers_files(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """`modules.json` and what it names: transformer, mask of special tokens, SPLADE max pooling."""
+    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(_MODULES)]
+    _write_json(folder / "modules.json", modules)
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SparseEncoder",
+            "__version__": {"sentence_transformers": "6.2.0", "transformers": transformers.__version__},
+            "prompts": {"query": "", "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "dot",
+        },
+    )
+    _write_json(folder / "sentence_bert_config.json", {"transformer_task": "fill-mask"})
+    _write_json(
+        folder / _MODULES[1][0] / "config.json",
+        {
+            "skiplist_words": structural_tokens(tokenizer),
+            "skiplist_tasks": ["query", "document"],
+            "keep_only_token_ids": None,
+        },
+    )
+    _write_json(
+        folder / _MODULES[2][0] / "config.json",
+        {"pooling_strategy": "max", "activation_function": "relu", "embedding_dimension": vocab_size},
+    )
+
+
+def structural_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokenizer's special tokens that are never text: all but the unknown token."""
+    return sorted(set(tokenizer.all_special_tokens) - {tokenizer.unk_token})
+
+
+def _load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise InputError("cannot load a tokenizer from here", path=folder) from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

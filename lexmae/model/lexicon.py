@@ -1,0 +1,62 @@
+"""The lexicon as pure functions: pooling over text tokens, saturation, pruning, and the pre-training bottleneck.
+
+Everything here is float32: sums over a vocabulary overflow float16 and are coarse in bfloat16.
+
+Shapes: B sequences, L tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lexmae.errors import InputError
+
+LEXICON_SOURCES = ("logits", "saturated")
+SOURCES = (*LEXICON_SOURCES, "cls", "off")
+
+
+def max_pool(logits: Tensor, text_mask: Tensor) -> Tensor:
+    """Maximum over text tokens of logits [B, L, V] -> [B, V], float32.
+
+    Of equal maxima one token gets the gradient. A sequence without text tokens gives zeros and no gradient.
+    """
+    pooled = logits.masked_fill(~text_mask.unsqueeze(-1), float("-inf")).max(dim=1).values
+    return pooled.float().masked_fill(~text_mask.any(dim=1, keepdim=True), 0.0)
+
+
+def saturate(pooled: Tensor) -> Tensor:
+    """log(1 + relu(x)), float32, any shape. Monotone, so it may follow the max instead of preceding it."""
+    return torch.log1p(torch.relu(pooled.float()))
+
+
+def importance(pooled: Tensor, source: str = "logits") -> Tensor:
+    """Weights a [B, V] that sum to 1 over the vocabulary (SPEC §1).
+
+    `logits`: softmax of the pooled logits. `saturated`: their saturation, normalised; all zeros where nothing is positive.
+    """
+    if source == "logits":
+        return torch.softmax(pooled.float(), dim=-1)
+    if source == "saturated":
+        weights = saturate(pooled)
+        return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    raise InputError(f"unknown bottleneck source {source!r}; a lexicon gives {', '.join(LEXICON_SOURCES)}")
+
+
+def bottleneck(pooled: Tensor, embeddings: Tensor, source: str = "logits") -> Tensor:
+    """b = a · sg(E): [B, V] pooled logits and the [V, H] embedding table -> [B, H] float32.
+
+    The gradient flows through the importance weights alone, never into the table.
+    """
+    with torch.autocast(pooled.device.type, enabled=False):
+        return importance(pooled, source) @ embeddings.detach().float()
+
+
+def top_k(values: Tensor, k: int) -> Tensor:
+    """Keep the k largest entries of each row of [B, V]; the others become 0. Equal values: any of them."""
+    if k < 1:
+        raise InputError(f"top-k needs a positive k, not {k}")
+    if k >= values.shape[-1]:
+        return values
+    kept = values.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(values).scatter(-1, kept.indices, kept.values)

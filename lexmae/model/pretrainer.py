@@ -1,0 +1,110 @@
+"""LexMAE pre-training: a masked language model, its lexicon bottleneck, and a weak decoder that must use it (SPEC §1).
+
+Shapes: B sequences, L tokens, H hidden size, V vocabulary, M labelled positions of a batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lexmae.errors import InputError
+from lexmae.model import backbone, lexicon
+from lexmae.model.head import max_logits
+
+IGNORE = -100
+"""The label of a position without a loss."""
+
+
+class Pretrainer(nn.Module):
+    """Encoder `lm`, bottleneck and decoder.
+
+    Args:
+        lm: the backbone (see `backbone.load_masked_lm`, `create_masked_lm`); trained in place, and what gets exported.
+        n_decoder_layers: layers of the weak decoder, of the backbone's own kind, randomly initialised here.
+        bottleneck: where b comes from: `logits` (the paper), `saturated`, `cls`, or `off`.
+        head: implementation of the pooled head, see `head.max_logits`.
+    """
+
+    def __init__(
+        self, lm: PreTrainedModel, n_decoder_layers: int = 2, bottleneck: str = "logits", head: str = "auto"
+    ):
+        super().__init__()
+        if bottleneck not in lexicon.SOURCES:
+            raise InputError(f"unknown bottleneck {bottleneck!r}; known: {', '.join(lexicon.SOURCES)}")
+        self.lm = lm
+        self.decoder = backbone.new_decoder(lm, n_decoder_layers)
+        self.source = bottleneck
+        self.head = head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        text_mask: Tensor,
+        token_type_ids: Tensor | None,
+        enc_labels: Tensor,
+        dec_input_ids: Tensor,
+        dec_labels: Tensor,
+    ) -> dict[str, Tensor]:
+        """Sums and counts of the two losses, so that the caller may divide by a global count.
+
+        Args, all [B, L]: encoder-masked `input_ids`; `attention_mask`; `text_mask`, true at text tokens (masked ones
+        included); `token_type_ids`; labels of the encoder (IGNORE elsewhere); decoder-masked ids and their labels.
+
+        Returns:
+            `enc_loss_sum`, `enc_count`, `enc_correct`, `dec_loss_sum`, `dec_count`, `dec_correct`: float32 scalars; the
+            losses are sums of cross entropies over labelled positions. `bottleneck`: [B, H], what the decoder reads at
+            position 0.
+        """
+        hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)  # [B, L, H]
+        features = backbone.transform(self.lm, hidden)
+        weight, bias = backbone.output_matrix(self.lm)
+        encoder = masked_lm_loss(features, weight, bias, enc_labels)
+
+        embedded = backbone.embed(self.lm, dec_input_ids, token_type_ids)
+        vector = self._bottleneck(hidden, features, text_mask)
+        if vector is not None:
+            embedded = torch.cat([vector.to(embedded.dtype).unsqueeze(1), embedded[:, 1:]], dim=1)
+        decoded = self.decoder(embedded, attention_mask)
+        tied = backbone.word_embeddings(self.lm)
+        decoder = masked_lm_loss(decoded, tied, self.decoder.bias, dec_labels, self.decoder.transform)
+        return {
+            **{f"enc_{name}": value for name, value in encoder.items()},
+            **{f"dec_{name}": value for name, value in decoder.items()},
+            "bottleneck": embedded[:, 0] if vector is None else vector,
+        }
+
+    def _bottleneck(self, hidden: Tensor, features: Tensor, text_mask: Tensor) -> Tensor | None:
+        """b [B, H], or None when the decoder keeps its own [CLS] embedding."""
+        if self.source == "off":
+            return None
+        if self.source == "cls":
+            return hidden[:, 0]
+        weight, bias = backbone.output_matrix(self.lm)
+        pooled = max_logits(features, weight, bias, text_mask, self.head)  # [B, V]
+        return lexicon.bottleneck(pooled, backbone.word_embeddings(self.lm), self.source)
+
+
+def masked_lm_loss(
+    features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """Cross entropy of [B, L, H] features at the labelled positions only: `loss_sum`, `count`, `correct` (float32).
+
+    `transform` is applied to the labelled rows first. Without a labelled position the sum is 0, with zero gradients.
+    """
+    chosen = labels != IGNORE
+    targets = labels[chosen]  # [M]
+    rows = features[chosen]  # [M, H]
+    if transform is not None:
+        rows = transform(rows)
+    logits = F.linear(rows, weight, bias).float()  # [M, V]
+    with torch.no_grad():
+        correct = (logits.gather(1, targets.unsqueeze(1)).squeeze(1) >= logits.amax(1)).sum()
+    return {
+        "loss_sum": F.cross_entropy(logits, targets, reduction="sum"),
+        "count": chosen.sum().float(),
+        "correct": correct.float(),
+    }
