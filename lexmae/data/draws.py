@@ -21,10 +21,11 @@ from lexmae.errors import InputError
 KIND = "negatives"
 
 
-def build(shards: Shards, split: str, source: str | Path, depth: int, output: str | Path) -> None:
+def build(shards: Shards, split: str, source: str | Path | None, depth: int, output: str | Path) -> None:
     """Write the judged positives and the top ``depth`` negatives of every judged query of ``split`` as rows.
 
-    Judged positives never become negatives. Queries that ``source`` does not name have an empty list.
+    Judged positives never become negatives. Queries that ``source`` does not name have an empty list; without a
+    source all have.
 
     Raises:
         InputError: the split has no judgements, or ``source`` names an unknown document.
@@ -33,7 +34,7 @@ def build(shards: Shards, split: str, source: str | Path, depth: int, output: st
     positives = _positives(shards, split)
     lists: list[np.ndarray] = [np.zeros(0, np.int32)] * len(queries)
     row_of = {identifier: row for row, identifier in enumerate(queries.ids())}
-    for qid, names, _ in progress(read_negatives(source), desc="negatives", unit="queries"):
+    for qid, names, _ in progress(read_negatives(source) if source else (), desc="negatives", unit="queries"):
         row = row_of.get(qid)
         if row is None or not len(positives[row]):
             continue
@@ -41,12 +42,13 @@ def build(shards: Shards, split: str, source: str | Path, depth: int, output: st
         lists[row] = rows[~np.isin(rows, positives[row])][:depth].astype(np.int32)
     judged = sum(len(rows) > 0 for rows in positives)
     empty = sum(len(p) > 0 and not len(rows) for p, rows in zip(positives, lists, strict=True))
-    if empty == judged:
+    if source and empty == judged:
         raise InputError(f"names none of the {judged} judged queries of the split '{split}'", source)
     if empty:
-        say(f"{empty} of {judged} queries have no negatives in {source}: random passages are used for them")
-    with artifact.create(output, KIND, inputs={"shards": shards.manifest.path, "negatives": source},
-                         config={"split": split, "depth": depth}, overwrite=True) as draft:
+        say(f"{empty} of {judged} queries have no hard negatives: random passages are used for them")
+    inputs = {"shards": shards.manifest.path} | ({"negatives": source} if source else {})
+    with artifact.create(output, KIND, inputs=inputs, config={"split": split, "depth": depth},
+                         overwrite=True) as draft:
         for name, rows in (("positives", positives), ("negatives", lists)):
             np.save(draft.path / f"{name}-ends.npy", np.cumsum([len(r) for r in rows], dtype=np.int64))
             np.save(draft.path / f"{name}-rows.npy", np.concatenate([*rows, np.zeros(0, np.int32)]).astype(np.int32))

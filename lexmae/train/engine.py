@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +27,10 @@ from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 
 @dataclass(frozen=True)
 class StepReport:
-    """What an optimizer step tells: the gradient norm before clipping, the loss scale, whether it was applied."""
+    """What an optimizer step tells: the gradient norm before clipping where it is known, the loss scale, and whether
+    the update was applied."""
 
-    grad_norm: float
+    grad_norm: float | None
     loss_scale: float
     applied: bool
 
@@ -142,8 +143,7 @@ class Engine:
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if own_norm is None else own_norm
         scale = getattr(self.deepspeed.optimizer, "cur_scale", getattr(self.deepspeed.optimizer, "loss_scale", 1.0))
-        return StepReport(float("nan") if norm is None else float(norm), float(scale),
-                          bool(self.deepspeed.was_step_applied()))
+        return StepReport(None if norm is None else float(norm), float(scale), bool(self.deepspeed.was_step_applied()))
 
     def _grad_norm(self) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
@@ -206,9 +206,3 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def mean(values: Iterable[float]) -> float:
-    """Arithmetic mean; NaN of nothing."""
-    values = list(values)
-    return sum(values) / len(values) if values else float("nan")

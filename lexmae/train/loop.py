@@ -120,7 +120,7 @@ def _one_step(run: Run, step_data: Any, step: int, lr: float, window: _Window) -
             engine.end_micro_batch()
     window.steps += 1
     report = engine.step(lr)
-    if report.applied and math.isinf(report.grad_norm):
+    if report.applied and report.grad_norm is not None and not math.isfinite(report.grad_norm):
         raise Diverged(f"the gradient is not finite at step {step + 1}")
     return report
 

@@ -1,0 +1,194 @@
+"""From a recipe to a trained model: checks, processes, model, data, loop, export."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lexmae import artifact, recipe
+from lexmae.cli import is_main_rank, say
+from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe
+from lexmae.data import draws
+from lexmae.data.batches import PretrainData, RankingData
+from lexmae.data.shards import Shards
+from lexmae.errors import InputError
+from lexmae.model import backbone
+from lexmae.model.encoder import SparseEncoder, save_masked_lm
+from lexmae.model.pretrainer import Pretrainer
+from lexmae.train import hardware, schedules
+from lexmae.train.hardware import Hardware
+from lexmae.train.objectives import PretrainObjective, RankingModel, RankingObjective
+
+_WHERE_ONLY = ("output", "deepspeed", "logging")  # may change between a run and its continuation
+
+
+def check(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None, world: int | None = None) -> Hardware:
+    """Refuse what cannot work, before any process group, model or output exists.
+
+    Raises:
+        InputError: an input is missing or does not fit, the batch cannot be divided, the precision has no device, or
+            the output is taken.
+    """
+    path = hardware.find(config.deepspeed)
+    spread = hardware.compose(path, config.optimization, world or hardware.world_size(),
+                              accumulate=isinstance(config, PretrainRecipe))
+    hardware.refuse_precision(spread, torch.cuda.is_available(), path)
+    shards = Shards.open(config.data)
+    if isinstance(config, FinetuneRecipe):
+        if config.split not in shards.splits:
+            raise InputError(f"has no queries of the split '{config.split}'; it has {', '.join(shards.splits)}",
+                             config.data)
+        if config.negatives.path and not Path(config.negatives.path).is_file():
+            raise InputError("no such file of negatives", config.negatives.path)
+    _check_init(config.model, shards)
+    output = Path(config.output)
+    if not resume and artifact.exists(output / "model"):
+        raise InputError("holds a finished model already; choose another output", output)
+    if not resume and (output / "checkpoints").is_dir() and any((output / "checkpoints").glob("step-*")):
+        raise InputError("holds checkpoints; continue with --resume auto, or choose another output", output)
+    return spread
+
+
+def _check_init(model: ModelConfig, shards: Shards) -> None:
+    """A model of ours must have been made with the tokenizer of the shards."""
+    if model.init == "scratch" or not artifact.exists(model.init):
+        return
+    made_with = artifact.read(model.init, "model").extra["tokenizer_hash"]
+    if made_with != shards.manifest.extra["tokenizer_hash"]:
+        raise InputError(f"was trained with another tokenizer than that of {shards.manifest.path}", model.init)
+
+
+def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> None:
+    """Train as the recipe says and write ``output/model``; every rank calls it.
+
+    Args:
+        resume: ``auto`` continues from the newest checkpoint if there is one; a step or a path names one.
+    """
+    spread = check(config, resume)
+    output = Path(config.output)
+    if artifact.exists(output / "model"):
+        say(f"{output / 'model'} is finished: nothing to do")
+        return
+    from lexmae.train import checkpoint, engine, loop  # deepspeed takes many seconds to import
+
+    chosen = checkpoint.choose(output / "checkpoints", resume) if resume else None
+    learned = _learning(config)
+    if chosen:
+        checkpoint.refuse_mismatch(chosen, learned, spread.world, spread.zero_stage)
+    device = engine.start_processes()
+    try:
+        engine.on_rank_zero(lambda: _open_output(output, config))
+        shards = Shards.open(config.data)
+        torch.manual_seed(config.optimization.seed)
+        lm = build_lm(config.model, shards)
+        rank = torch.distributed.get_rank()
+        model, objective, data = _parts(config, lm, shards, spread, rank, engine)
+        torch.manual_seed(config.optimization.seed + 1 + rank)  # dropout differs between ranks, weights do not
+        run_engine = engine.Engine(model, spread, config.optimization, device)
+        total = schedules.total_steps(config.optimization, data.size)
+        _announce(config, spread, model, total, data.size, run_engine.world)
+        start = checkpoint.load(run_engine, chosen) if chosen else 0
+        loop.train(loop.Run(run_engine, objective, data, config.optimization, config.logging, total, output, learned),
+                   start)
+        state = run_engine.full_state(lm)
+        engine.on_rank_zero(lambda: _export(lm, state, config, shards, total))
+    finally:
+        engine.stop_processes()
+
+
+def build_lm(config: ModelConfig, shards: Shards) -> Any:
+    """The backbone of a recipe, checked against the shards' vocabulary and length."""
+    if config.init == "scratch":
+        lm = backbone.create_masked_lm(config.architecture, shards.vocab_size, dataclasses.asdict(shards.special),
+                                       config.size)
+    else:
+        lm = backbone.load_masked_lm(config.init)
+    entries = backbone.word_embeddings(lm).shape[0]
+    if entries < shards.vocab_size:
+        raise InputError(f"knows {entries} tokens, the shards use a vocabulary of {shards.vocab_size}", config.init)
+    longest = max(shards.manifest.extra["max_length"], shards.manifest.extra["query_length"])
+    if backbone.max_length(lm) < longest:
+        raise InputError(f"reads {backbone.max_length(lm)} tokens, the shards hold up to {longest}", config.init)
+    return lm
+
+
+def _parts(config: Any, lm: Any, shards: Shards, spread: Hardware, rank: int, engine: Any) -> tuple:
+    """Model, objective and data of the recipe's kind."""
+    common = {"seed": config.optimization.seed, "batch": config.optimization.batch, "rank": rank,
+              "world": spread.world}
+    if isinstance(config, PretrainRecipe):
+        model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source)
+        data = PretrainData(shards, config.masking, micro_batch=spread.micro_batch, **common)
+        return model, PretrainObjective(config.bottleneck), data
+    texts = config.optimization.batch // spread.world * (1 + config.negatives.per_query)
+    chunk = spread.micro_batch or texts
+    lists = Path(config.output) / "negatives"
+    engine.on_rank_zero(lambda: draws.build(shards, config.split, config.negatives.path or None,
+                                            config.negatives.depth, lists))
+    data = RankingData(shards, config.split, draws.NegativeLists(lists), config.negatives, micro_batch=chunk,
+                       exclude_judged=config.loss.exclude_judged, **common)
+    model = RankingModel(SparseEncoder(lm), recompute=chunk < texts)
+    return model, RankingObjective(config.loss, engine.gather, spread.world), data
+
+
+def _learning(config: Any) -> dict[str, Any]:
+    """The part of a recipe that a continued run must share with its beginning."""
+    return {key: value for key, value in recipe.to_dict(config).items() if key not in _WHERE_ONLY}
+
+
+def _open_output(output: Path, config: Any) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    with artifact.atomic_file(output / "config.yaml") as out:
+        out.write(recipe.dump(config))
+
+
+def _announce(config: Any, spread: Hardware, model: torch.nn.Module, total: int, examples: int, world: int) -> None:
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    say(f"{config.output}: {weights / 1e6:.1f} M weights, {examples} examples, {total} steps of "
+        f"{config.optimization.batch}, {world} rank(s), ZeRO-{spread.zero_stage}, {spread.precision}, "
+        f"accumulation {spread.accumulation}")
+
+
+def _export(lm: Any, state: dict[str, torch.Tensor], config: Any, shards: Shards, total: int) -> None:
+    """Write ``output/model`` in Hugging Face layout from the gathered float32 weights."""
+    extra = shards.manifest.extra
+    inputs = {"shards": config.data}
+    if config.model.init != "scratch":
+        inputs["init"] = config.model.init
+    if isinstance(config, FinetuneRecipe) and config.negatives.path:
+        inputs["negatives"] = config.negatives.path
+    target = Path(config.output) / "model"
+    with artifact.create(target, "model", inputs=inputs, config=recipe.to_dict(config)) as draft:
+        save_masked_lm(lm, draft.path, shards.tokenizer_dir, state)
+        draft.counts.update(steps=total, weights=sum(t.numel() for t in state.values()))
+        draft.extra.update({key: extra[key] for key in ("tokenizer_hash", "vocab_size", "max_length", "query_length")})
+    say(f"wrote {target}")
+
+
+def main(kind: type, argv: list[str] | None, parser: Any) -> None:
+    """The command line that every training command shares."""
+    parser.add_argument("recipe", help="YAML recipe")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="extend", nargs="+", default=[], dest="overrides",
+                        help="override keys of the recipe, such as optimization.lr=1e-4")
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="in place of the recipe's `deepspeed`")
+    parser.add_argument("--resume", metavar="auto|STEP|PATH", help="continue from a checkpoint")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    arguments = parser.parse_args(argv)
+    config = recipe.load(arguments.recipe, kind, arguments.overrides)
+    if arguments.deepspeed_config:
+        config = dataclasses.replace(config, deepspeed=arguments.deepspeed_config)
+    guarded(lambda: run(config, arguments.resume))
+
+
+def guarded(action: Callable[[], None]) -> None:
+    """Errors of input are printed by rank 0 alone; the other ranks leave with the same code."""
+    try:
+        action()
+    except InputError:
+        if is_main_rank():
+            raise
+        raise SystemExit(2) from None
