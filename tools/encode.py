@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+"""Encode documents or queries into sparse vectors, on one device or, through deepspeed, on all.
+
+  python tools/encode.py --model runs/stage1/model --data shards --side docs --output vectors/docs
+  deepspeed tools/encode.py --model M --data SHARDS --side queries --split dev --output VECTORS
+A run that was stopped goes on with what is missing.
+"""
+
+from lexmae import cli
+from lexmae.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--model", required=True, help="model folder or hub name")
+    parser.add_argument("--data", required=True, help="shards made by tools/prepare.py")
+    parser.add_argument("--side", required=True, choices=("docs", "queries"), help="what to encode")
+    parser.add_argument("--split", help="split of the queries, such as dev")
+    parser.add_argument("--output", required=True, help="folder of vectors to write")
+    parser.add_argument("--top-k", type=int, help="keep the k largest weights of each text")
+    parser.add_argument("--batch-tokens", type=int, default=16384, help="padded tokens per batch")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                        help="auto is bf16 on a GPU that has it, fp32 elsewhere")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    options = parser.parse_args(argv)
+    if options.side == "queries" and not options.split:
+        raise InputError("--side queries needs --split")
+    if options.top_k is not None and options.top_k < 1 or options.batch_tokens < 1:
+        raise InputError("--top-k and --batch-tokens must be at least 1")
+
+    from lexmae.retrieval import encode  # torch, once the arguments are known to be good
+
+    config = encode.EncodeConfig(options.side, options.split if options.side == "queries" else None, options.top_k,
+                                 options.batch_tokens, options.precision)
+    encode.encode(options.model, options.data, options.output, config, overwrite=options.overwrite)
+
+
+if __name__ == "__main__":
+    cli.run(main)
