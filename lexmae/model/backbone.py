@@ -1,8 +1,8 @@
 """The only file that knows one backbone from another.
 
-Every other module sees a masked language model through the functions below: its embeddings, its last hidden states, the
-transform and the output matrix of its LM head, and a weak decoder made of its own kind of layers. A new family is one row
-of `FAMILIES`.
+Every other module sees a masked language model through the functions below: its embeddings, its last hidden
+states, the transform and the output matrix of its LM head, and a weak decoder made of its own kind of
+layers. A new family is one row of `FAMILIES`.
 
 Shapes: B sequences, L tokens, H hidden size, V vocabulary.
 """
@@ -68,7 +68,8 @@ def _family(lm: PreTrainedModel) -> Family:
 def load_masked_lm(init: str, **kw: Any) -> PreTrainedModel:
     """A masked language model from a folder or a hub name, in float32 unless `dtype` says otherwise.
 
-    Keywords go to `AutoModelForMaskedLM.from_pretrained`. Raises InputError when the folder or name holds no such model.
+    Keywords go to `AutoModelForMaskedLM.from_pretrained`. Raises InputError when the folder or name holds no
+    such model.
     """
     folder = Path(init)
     if folder.is_dir():
@@ -92,9 +93,10 @@ def create_masked_lm(
 ) -> PreTrainedModel:
     """A randomly initialised masked language model.
 
-    `architecture` is one of FAMILIES. `special` maps "pad", "cls", "sep" (and others, which are ignored) to ids. `size`
-    holds the architecture's own config names (`hidden_size`, `num_hidden_layers`, dropout rates, …). The weights are a
-    function of torch's generator. Raises InputError for an unknown architecture, size key or impossible value.
+    `architecture` is one of FAMILIES. `special` maps "pad", "cls", "sep" (and others, which are ignored) to
+    ids. `size` holds the architecture's own config names (`hidden_size`, `num_hidden_layers`, dropout rates,
+    …). The weights are a function of torch's generator. Raises InputError for an unknown architecture, size
+    key or impossible value.
     """
     _check_family(architecture)
     size = dict(size or {})
@@ -127,9 +129,9 @@ def _special_ids(special: Mapping[str, int], vocab_size: int) -> dict[str, int]:
         if not 0 <= token < vocab_size:
             raise InputError(f"special id {name}={token} lies outside the vocabulary of {vocab_size}")
     ids = {"pad_token_id": special["pad"]}
-    for name, keys in {"cls": ("cls_token_id", "bos_token_id"), "sep": ("sep_token_id", "eos_token_id")}.items():
+    for name, alias in (("cls", "bos"), ("sep", "eos")):
         if name in special:
-            ids.update(dict.fromkeys(keys, special[name]))
+            ids[f"{name}_token_id"] = ids[f"{alias}_token_id"] = special[name]
     return ids
 
 
@@ -171,7 +173,7 @@ def max_length(lm: PreTrainedModel) -> int:
 
 
 def embed(lm: PreTrainedModel, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-    """What the first layer reads [B, L, H]: word, position and segment embeddings with their LayerNorm and dropout."""
+    """What the first layer reads [B, L, H]: word, position and segment embeddings, LayerNorm and dropout."""
     return lm.base_model.embeddings(input_ids=input_ids, **_segments(lm, token_type_ids))
 
 
@@ -189,8 +191,9 @@ def transform(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def _segments(lm: PreTrainedModel, token_type_ids: Tensor | None) -> dict[str, Tensor]:
-    used = token_type_ids is not None and _family(lm).segments and getattr(lm.config, "type_vocab_size", 0) > 1
-    return {"token_type_ids": token_type_ids} if used else {}
+    if token_type_ids is None or not _family(lm).segments or lm.config.type_vocab_size < 2:
+        return {}
+    return {"token_type_ids": token_type_ids}
 
 
 # ---------------------------------------------------------------------------------------------- the decoder
@@ -199,7 +202,7 @@ def _segments(lm: PreTrainedModel, token_type_ids: Tensor | None) -> dict[str, T
 class _PassThrough(nn.Module):
     """Stands where a backbone's embeddings stood: what comes in as `inputs_embeds` goes on unchanged."""
 
-    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    def forward(self, input_ids: None = None, inputs_embeds: Any = None, *_: Any, **__: Any) -> Tensor:
         return inputs_embeds
 
 
@@ -214,8 +217,8 @@ class _OutputBias(nn.Module):
 class Decoder(nn.Module):
     """Transformer layers of a backbone's own kind, an LM-head transform and an output bias.
 
-    It owns neither embeddings nor an output matrix: the caller embeds its input and multiplies its output with the word
-    embeddings of the encoder, which is what ties the two.
+    It owns neither embeddings nor an output matrix: the caller embeds its input and multiplies its output
+    with the word embeddings of the encoder, which is what ties the two.
     """
 
     def __init__(self, lm: PreTrainedModel):

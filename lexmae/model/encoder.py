@@ -1,7 +1,8 @@
 """The lexicon encoder: texts to sparse vectors over the vocabulary (SPEC §2), saved as a Hugging Face folder.
 
-The folder loads with `AutoModelForMaskedLM`, and with sentence-transformers' `SparseEncoder`, which gives the same vectors:
-a mask module between its transformer and its SPLADE pooling keeps special tokens out of the maximum.
+The folder loads with `AutoModelForMaskedLM`, and with sentence-transformers' `SparseEncoder`, which gives
+the same vectors: a mask module between its transformer and its SPLADE pooling keeps special tokens out of
+the maximum.
 
 Shapes: B sequences, L tokens, V vocabulary.
 """
@@ -20,11 +21,12 @@ from lexmae.errors import InputError
 from lexmae.model import backbone, lexicon
 from lexmae.model.head import max_logits
 
-_MODULES = (
-    ("", "sentence_transformers.base.modules.transformer.Transformer"),
-    ("1_MultiVectorMask", "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask"),
-    ("2_SpladePooling", "sentence_transformers.sparse_encoder.modules.splade_pooling.SpladePooling"),
-)
+_MASK, _POOLING = "1_MultiVectorMask", "2_SpladePooling"
+_MODULES = {
+    "": "base.modules.transformer.Transformer",
+    _MASK: "multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask",
+    _POOLING: "sparse_encoder.modules.splade_pooling.SpladePooling",
+}
 
 
 class SparseEncoder(nn.Module):
@@ -41,16 +43,23 @@ class SparseEncoder(nn.Module):
         self.head = head
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, text_mask: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        text_mask: Tensor,
+        token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Vectors [B, V] float32 of a padded batch; all arguments [B, L]. No text token: a vector of zeros."""
+        """Vectors [B, V] float32 of a padded batch, whose arguments are all [B, L].
+
+        `text_mask` is true at text tokens, neither special nor padding; a text without any gives zeros.
+        """
         hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)
         features = backbone.transform(self.lm, hidden)  # [B, L, H]
         weight, bias = backbone.output_matrix(self.lm)
         return lexicon.saturate(max_logits(features, weight, bias, text_mask, self.head))
 
     def save(self, folder: str | Path, tokenizer_dir: str | Path | None = None) -> None:
-        """Write the model, and with `tokenizer_dir` its tokenizer and the files sentence-transformers reads."""
+        """Write the model as `save_masked_lm` does."""
         save_masked_lm(self.lm, folder, tokenizer_dir)
 
     @classmethod
@@ -65,21 +74,28 @@ def save_masked_lm(
     tokenizer_dir: str | Path | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write `lm` as safetensors; with `tokenizer_dir` also the tokenizer and sentence-transformers' files.
+    """Write a Hugging Face folder with safetensors.
 
-    `state_dict` replaces the model's own, for weights that were gathered from several ranks; its keys are `lm`'s.
+    Args:
+        lm: the masked language model.
+        folder: where to; made when missing.
+        tokenizer_dir: a tokenizer's folder. It is copied, and the files sentence-transformers reads are added.
+        state_dict: replaces `lm`'s own, for weights gathered from several ranks; same keys.
     """
     folder = Path(folder)
     lm.save_pretrained(folder, state_dict=state_dict)
     if tokenizer_dir is not None:
         tokenizer = _load_tokenizer(tokenizer_dir)
         tokenizer.save_pretrained(folder)
-        write_sentence_transformers_files(folder, tokenizer, backbone.output_matrix(lm)[0].shape[0])
+        _write_sentence_transformers(folder, tokenizer, backbone.output_matrix(lm)[0].shape[0])
 
 
-def write_sentence_transformers_files(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+def _write_sentence_transformers(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     """`modules.json` and what it names: transformer, mask of special tokens, SPLADE max pooling."""
-    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(_MODULES)]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
+        for i, (path, kind) in enumerate(_MODULES.items())
+    ]
     _write_json(folder / "modules.json", modules)
     _write_json(
         folder / "config_sentence_transformers.json",
@@ -93,7 +109,7 @@ def write_sentence_transformers_files(folder: Path, tokenizer: PreTrainedTokeniz
     )
     _write_json(folder / "sentence_bert_config.json", {"transformer_task": "fill-mask"})
     _write_json(
-        folder / _MODULES[1][0] / "config.json",
+        folder / _MASK / "config.json",
         {
             "skiplist_words": structural_tokens(tokenizer),
             "skiplist_tasks": ["query", "document"],
@@ -101,8 +117,8 @@ def write_sentence_transformers_files(folder: Path, tokenizer: PreTrainedTokeniz
         },
     )
     _write_json(
-        folder / _MODULES[2][0] / "config.json",
-        {"pooling_strategy": "max", "activation_function": "relu", "embedding_dimension": vocab_size},
+        folder / _POOLING / "config.json",
+        {"pooling_strategy": "max", "activation_function": "relu", "embedding_dimension": vocabulary},
     )
 
 

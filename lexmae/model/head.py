@@ -1,9 +1,9 @@
-"""Fused LM head and max-pool: the maximum over text tokens of `hidden @ weight.T + bias`, without the [B, L, V] logits.
+"""Fused LM head and max-pool: the maximum over text tokens of `hidden @ weight.T + bias`.
 
-Two forms of one function. `reference` writes the logits out. `chunked` computes them tile by tile, small enough to stay in
-a cache, and keeps the maximum and the token that gave it. Only that token has a gradient, so the backward touches one
-token per (sequence, entry) and only the entries whose gradient is not zero: a few hundred per sequence for the saturated
-lexicon, instead of the whole vocabulary.
+Two forms of one function. `reference` writes the logits out. `chunked` computes them tile by tile, small
+enough to stay in a cache, and keeps the maximum and the token that gave it. Only that token has a gradient,
+so the backward touches one token per (sequence, entry) and only the entries whose gradient is not zero: a
+few hundred per sequence for the saturated lexicon, instead of the whole vocabulary.
 
 Shapes: B sequences, L tokens, H hidden size, V vocabulary, N text tokens of a group of sequences.
 """
@@ -24,7 +24,7 @@ from lexmae.model.lexicon import max_pool
 IMPLEMENTATIONS = ("auto", "reference", "chunked")
 
 TILES = {"cpu": (1024, 512), "cuda": (16384, 8192)}
-"""Tokens and vocabulary entries of a tile, per device: 2 MiB of float32 fit a core's cache; a GPU wants large products."""
+"""Tokens and vocabulary entries of a tile: on a CPU 2 MiB of float32 for its cache, on a GPU large products."""
 
 
 def max_logits(
@@ -39,17 +39,18 @@ def max_logits(
         implementation: one of IMPLEMENTATIONS; `auto` is `chunked`.
 
     Returns:
-        [B, V] float32 (float64 for float64 input); zeros without a gradient for a sequence without text tokens.
-        Of equal maxima one token gets the gradient. Products run in the autocast type where autocast is on.
+        [B, V] float32 (float64 for float64 input); zeros without a gradient for a sequence without text
+        tokens. Of equal maxima one token gets the gradient. Products run in the autocast type where autocast
+        is on.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise InputError(f"unknown head implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
+        raise InputError(f"unknown head {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
     mask = text_mask.bool()
     if implementation == "reference":
         return max_pool(F.linear(hidden, weight, bias), mask)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return _ChunkedMax.apply(hidden, weight, bias, mask, dtype)
+    return _ChunkedMax.apply(hidden, weight, bias, mask, dtype, torch.is_grad_enabled())
 
 
 def _no_autocast(method: Any) -> Any:
@@ -66,9 +67,9 @@ def _no_autocast(method: Any) -> Any:
 class _ChunkedMax(torch.autograd.Function):
     @staticmethod
     @_no_autocast
-    def forward(ctx, hidden, weight, bias, text_mask, dtype):
+    def forward(ctx, hidden, weight, bias, text_mask, dtype, grad_enabled):
         source, counts = _text_tokens(text_mask)
-        needs_argmax = any(ctx.needs_input_grad[:3])
+        needs_argmax = grad_enabled and any(ctx.needs_input_grad)
         pooled, winner = _tiled_max(hidden, weight, source, counts, dtype, needs_argmax)
         if bias is not None:
             pooled += bias.to(pooled.dtype)
@@ -83,7 +84,7 @@ class _ChunkedMax(torch.autograd.Function):
     @_no_autocast
     def backward(ctx, grad):
         hidden, weight, winner, source, empty = ctx.saved_tensors
-        batch, length, width = hidden.shape
+        batch, length, _ = hidden.shape
         grad = grad.masked_fill(empty, 0.0)  # [B, V]
         entry, sequence = grad.t().nonzero(as_tuple=True)  # in the order of the vocabulary
         value = grad[sequence, entry]
@@ -91,14 +92,15 @@ class _ChunkedMax(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = d_weight = d_bias = None
         if need_weight:
-            d_weight = _weighted_sums(hidden.reshape(-1, width), token, value, entry, weight.shape[0]).to(weight.dtype)
+            d_weight = _weighted_sums(hidden.flatten(0, 1), token, value, entry, weight.shape[0])
+            d_weight = d_weight.to(weight.dtype)
         if need_hidden:
             order = token.argsort(stable=True)
             d_hidden = _weighted_sums(weight, entry[order], value[order], token[order], batch * length)
-            d_hidden = d_hidden.view(batch, length, width).to(hidden.dtype)
+            d_hidden = d_hidden.view_as(hidden).to(hidden.dtype)
         if need_bias:
             d_bias = grad.sum(0).to(ctx.bias_dtype)
-        return d_hidden, d_weight, d_bias, None, None
+        return d_hidden, d_weight, d_bias, None, None, None
 
 
 def _text_tokens(text_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,6 +167,9 @@ def _max_of_tile(logits: Tensor, best: Tensor, where: Tensor | None) -> None:
 
 
 def _weighted_sums(table: Tensor, index: Tensor, value: Tensor, bag: Tensor, n_bags: int) -> Tensor:
-    """Sums over i with bag[i] = n of value[i] · table[index[i]]: [n_bags, H] in the type of `value`; `bag` is sorted."""
+    """Row n: the sum of value[i] · table[index[i]] over all i with bag[i] = n, in the type of `value`.
+
+    `bag` is sorted; [n_bags, H].
+    """
     offsets = torch.searchsorted(bag, torch.arange(n_bags, device=bag.device))
     return F.embedding_bag(index, table.to(value.dtype), offsets, mode="sum", per_sample_weights=value)

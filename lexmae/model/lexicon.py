@@ -1,4 +1,4 @@
-"""The lexicon as pure functions: pooling over text tokens, saturation, pruning, and the pre-training bottleneck.
+"""The lexicon as pure functions: pooling over text tokens, saturation, pruning, pre-training bottleneck.
 
 Everything here is float32: sums over a vocabulary overflow float16 and are coarse in bfloat16.
 
@@ -33,7 +33,8 @@ def saturate(pooled: Tensor) -> Tensor:
 def importance(pooled: Tensor, source: str = "logits") -> Tensor:
     """Weights a [B, V] that sum to 1 over the vocabulary (SPEC §1).
 
-    `logits`: softmax of the pooled logits. `saturated`: their saturation, normalised; all zeros where nothing is positive.
+    `logits`: softmax of the pooled logits. `saturated`: their saturation, normalised; all zeros where
+    nothing is positive.
     """
     if source == "logits":
         return torch.softmax(pooled.float(), dim=-1)

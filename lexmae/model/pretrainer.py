@@ -1,9 +1,13 @@
-"""LexMAE pre-training: a masked language model, its lexicon bottleneck, and a weak decoder that must use it (SPEC §1).
+"""LexMAE pre-training: a masked language model, its lexicon bottleneck, and a weak decoder that must use it.
+
+The rules are those of SPEC §1.
 
 Shapes: B sequences, L tokens, H hidden size, V vocabulary, M labelled positions of a batch.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +26,8 @@ class Pretrainer(nn.Module):
     """Encoder `lm`, bottleneck and decoder.
 
     Args:
-        lm: the backbone (see `backbone.load_masked_lm`, `create_masked_lm`); trained in place, and what gets exported.
+        lm: the backbone, from `backbone.load_masked_lm` or `create_masked_lm`; trained in place. It alone is
+            exported: the decoder is dropped after pre-training.
         n_decoder_layers: layers of the weak decoder, of the backbone's own kind, randomly initialised here.
         bottleneck: where b comes from: `logits` (the paper), `saturated`, `cls`, or `off`.
         head: implementation of the pooled head, see `head.max_logits`.
@@ -51,13 +56,17 @@ class Pretrainer(nn.Module):
     ) -> dict[str, Tensor]:
         """Sums and counts of the two losses, so that the caller may divide by a global count.
 
-        Args, all [B, L]: encoder-masked `input_ids`; `attention_mask`; `text_mask`, true at text tokens (masked ones
-        included); `token_type_ids`; labels of the encoder (IGNORE elsewhere); decoder-masked ids and their labels.
+        Args, all [B, L]:
+            input_ids, enc_labels: encoder-masked ids; true ids at the masked positions, IGNORE elsewhere.
+            attention_mask: 1 at tokens, 0 at padding.
+            text_mask: true at text tokens, masked ones included; false at special tokens and padding.
+            token_type_ids: segments, used where the backbone has them.
+            dec_input_ids, dec_labels: the same for the decoder.
 
         Returns:
-            `enc_loss_sum`, `enc_count`, `enc_correct`, `dec_loss_sum`, `dec_count`, `dec_correct`: float32 scalars; the
-            losses are sums of cross entropies over labelled positions. `bottleneck`: [B, H], what the decoder reads at
-            position 0.
+            `enc_loss_sum`, `enc_count`, `enc_correct`, `dec_loss_sum`, `dec_count`, `dec_correct`: float32
+            scalars; the losses are sums of cross entropies over labelled positions. `bottleneck`: [B, H],
+            what the decoder reads at position 0.
         """
         hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)  # [B, L, H]
         features = backbone.transform(self.lm, hidden)
@@ -89,11 +98,22 @@ class Pretrainer(nn.Module):
 
 
 def masked_lm_loss(
-    features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: nn.Module | None = None
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    transform: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Cross entropy of [B, L, H] features at the labelled positions only: `loss_sum`, `count`, `correct` (float32).
+    """Cross entropy of [B, L, H] features at the labelled positions only.
 
-    `transform` is applied to the labelled rows first. Without a labelled position the sum is 0, with zero gradients.
+    Args:
+        features: [B, L, H]; `transform` is applied to the labelled rows first.
+        weight, bias: output matrix [V, H] and its bias [V] or None.
+        labels: [B, L], IGNORE where there is no loss.
+
+    Returns:
+        float32 scalars `loss_sum`, `count`, `correct` (label among the largest logits). Without a labelled
+        position all are 0, with zero gradients.
     """
     chosen = labels != IGNORE
     targets = labels[chosen]  # [M]
