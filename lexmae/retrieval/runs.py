@@ -26,7 +26,12 @@ class Run(Mapping[str, list[tuple[str, float]]]):
 
     Rankings are kept as arrays (document numbers and scores), 8 bytes an entry where scores are whole numbers, and
     turned into lists of pairs one query at a time, when asked for.
+
+    Attributes:
+        seconds: how long the search took, where an engine made the run.
     """
+
+    seconds: float | None = None
 
     def __init__(self, documents: list[str] | None = None):
         """``documents``: ids that ``add`` refers to by number; others are appended to a copy as they come."""
@@ -46,6 +51,8 @@ class Run(Mapping[str, list[tuple[str, float]]]):
 
     def add(self, query: str, rows: np.ndarray, scores: np.ndarray, *, ordered: bool = False) -> None:
         """Add the ranking of ``query``: document numbers [K] and scores [K].
+
+        The arrays are kept, not copied, where their types allow it.
 
         Args:
             ordered: they are in the run's order already.

@@ -1,0 +1,111 @@
+"""Engines against a dense dot product, and against each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lexmae.errors import InputError
+from lexmae.retrieval import engines, exact
+from lexmae.retrieval.vectors import Csr, SparseVectors, quantise
+
+V = 60
+VOCABULARY = [f"tok{i}" for i in range(V)]
+
+
+def vectors(n, seed, prefix, density=0.2, scale=100, **extra):
+    rng = np.random.default_rng(seed)
+    dense = rng.exponential(1.0, (n, V)) * (rng.random((n, V)) < density)
+    ids = [f"{prefix}{i}" for i in rng.permutation(n)]
+    return SparseVectors(ids, *quantise(dense, 0, scale), VOCABULARY, extra)
+
+
+def brute_force(docs, queries, hits):
+    """Every score, then Python's sort."""
+    scores = queries.to_scipy().toarray() @ docs.to_scipy().toarray().T
+    return {name: sorted(((d, int(s)) for d, s in zip(docs.ids, row, strict=True) if s > 0),
+                         key=lambda p: (-p[1], p[0]))[:hits] for name, row in zip(queries.ids, scores, strict=True)}
+
+
+@pytest.mark.parametrize("block", [64, 256, 1 << 15])
+@pytest.mark.parametrize("hits", [1, 10, 200, 5000])
+def test_exact_equals_brute_force(tmp_path, monkeypatch, block, hits):
+    monkeypatch.setattr(exact, "BLOCK", block)
+    for kernel in ("_invert", "_search_block_wise"):  # constants are compiled in: run the kernels as plain Python
+        monkeypatch.setattr(exact, kernel, getattr(exact, kernel).py_func)
+    docs, queries = vectors(300, 0, "d"), vectors(6, 1, "q", density=0.1)
+    index = engines.build(docs, "exact", tmp_path / "i")
+    assert dict(index.search(queries, hits, threads=2)) == brute_force(docs, queries, hits)
+
+
+@pytest.mark.parametrize("scale", [1, 100, 3000])
+def test_compiled_kernels_equal_brute_force(tmp_path, scale):
+    """Scale 1 gives many ties, scale 3000 weights beyond 8 bits; more documents than one block holds."""
+    docs = vectors(exact.BLOCK + 3000, 2, "d", density=0.05, scale=scale)
+    queries = vectors(12, 3, "q", density=0.1, scale=scale)
+    index = engines.build(docs, "exact", tmp_path / "i")
+    for hits in (3, 1000):
+        assert dict(index.search(queries, hits, threads=2)) == brute_force(docs, queries, hits)
+
+
+def test_only_documents_that_share_a_term_are_found(tmp_path):
+    dense = np.zeros((3, V))
+    dense[0, 4], dense[1, 5], dense[2, 4] = 1, 1, 2
+    docs = SparseVectors(["b", "a", "c"], *quantise(dense, 0), VOCABULARY)
+    queries = SparseVectors(["q", "none"], *quantise(dense[[0, 0]] * [[1], [0]], 59), VOCABULARY)
+    run = engines.build(docs, "exact", tmp_path / "i").search(queries, 10)
+    assert dict(run) == {"q": [("c", 20000), ("b", 10000)], "none": []}
+    assert run.seconds > 0
+
+
+def test_scores_beyond_31_bits(tmp_path):
+    ids = [f"d{i}" for i in range(5)]
+    docs = SparseVectors(ids, np.arange(6) * 2, np.array([0, 1] * 5, np.int32),
+                         np.array([65535, 1, 65535, 2, 9, 9, 65535, 2, 1, 1], np.uint16), VOCABULARY)
+    queries = SparseVectors(["big", "small"], *Csr(np.array([0, 2, 4]), np.array([0, 1, 0, 1], np.int32),
+                                                   np.array([65535, 65535, 1, 1], np.uint16)), VOCABULARY)
+    assert dict(engines.build(docs, "exact", tmp_path / "i").search(queries, 4)) == brute_force(docs, queries, 4)
+
+
+def test_threads_and_order_of_parts_change_nothing(tmp_path):
+    docs, queries = vectors(500, 4, "d", scale=2), vectors(40, 5, "q")
+    shuffled = np.random.default_rng(0).permutation(500)
+    rows = [docs.row(i) for i in shuffled]
+    other = SparseVectors([docs.ids[i] for i in shuffled], np.concatenate([[0], np.cumsum([len(r[0]) for r in rows])]),
+                          np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows]), VOCABULARY)
+    one = engines.build(docs, "exact", tmp_path / "a").search(queries, 20, threads=1)
+    many = engines.build(other, "exact", tmp_path / "b").search(queries, 20, threads=5)
+    assert dict(one) == dict(many) and list(one) == list(many) == queries.ids
+
+
+def test_index_is_an_artifact_that_knows_its_engine(tmp_path):
+    docs = vectors(20, 6, "d", side="docs", tokenizer_hash="x")
+    docs.save(tmp_path / "v")
+    made = engines.build(tmp_path / "v", "exact", tmp_path / "i", top_k=3)
+    assert (made.engine, len(made), made.manifest.counts["postings"]) == ("exact", 20, len(docs.pruned(3).indices))
+    assert made.manifest.inputs["vectors"]["fingerprint"]
+    queries = vectors(5, 7, "q")
+    assert dict(engines.open_index(tmp_path / "i").search(queries, 9)) == brute_force(docs.pruned(3), queries, 9)
+    with pytest.raises(InputError, match="already exists"):
+        engines.build(tmp_path / "v", "exact", tmp_path / "i")
+    engines.build(tmp_path / "v", "exact", tmp_path / "i", overwrite=True)
+
+
+def test_mismatches_are_refused(tmp_path):
+    docs, queries = vectors(20, 6, "d", side="docs", tokenizer_hash="x", scale=100), vectors(5, 7, "q")
+    index = engines.build(docs, "exact", tmp_path / "i")
+    with pytest.raises(InputError, match="at least 1"):
+        index.search(queries, 0)
+    queries.extra["tokenizer_hash"] = "y"
+    with pytest.raises(InputError, match="tokenizer_hash x, the queries with y"):
+        index.search(queries, 10)
+    queries.vocabulary = [*VOCABULARY[:-1], "other"]
+    with pytest.raises(InputError, match="another vocabulary"):
+        index.search(queries, 10)
+    with pytest.raises(InputError, match="unknown engine 'fast': known are exact"):
+        engines.build(docs, "fast", tmp_path / "j")
+    queries.extra["side"] = "queries"
+    queries.save(tmp_path / "q")
+    with pytest.raises(InputError, match="vectors of docs are needed"):
+        engines.build(tmp_path / "q", "exact", tmp_path / "j")
+    assert not (tmp_path / "j").exists()
