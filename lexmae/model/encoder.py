@@ -79,7 +79,7 @@ def save_masked_lm(
     Args:
         lm: the masked language model.
         folder: where to; made when missing.
-        tokenizer_dir: a tokenizer's folder. It is copied, and the files sentence-transformers reads are added.
+        tokenizer_dir: a tokenizer's folder, which is copied; sentence-transformers' files are added with it.
         state_dict: replaces `lm`'s own, for weights gathered from several ranks; same keys.
     """
     folder = Path(folder)
@@ -87,10 +87,10 @@ def save_masked_lm(
     if tokenizer_dir is not None:
         tokenizer = _load_tokenizer(tokenizer_dir)
         tokenizer.save_pretrained(folder)
-        _write_sentence_transformers(folder, tokenizer, backbone.output_matrix(lm)[0].shape[0])
+        _write_peer_files(folder, tokenizer, lm.config.vocab_size)
 
 
-def _write_sentence_transformers(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+def _write_peer_files(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     """`modules.json` and what it names: transformer, mask of special tokens, SPLADE max pooling."""
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}

@@ -24,7 +24,7 @@ from lexmae.model.lexicon import max_pool
 IMPLEMENTATIONS = ("auto", "reference", "chunked")
 
 TILES = {"cpu": (1024, 512), "cuda": (16384, 8192)}
-"""Tokens and vocabulary entries of a tile: on a CPU 2 MiB of float32 for its cache, on a GPU large products."""
+"""Tokens and vocabulary entries of a tile: 2 MiB of float32 for a CPU's cache, large products for a GPU."""
 
 
 def max_logits(
