@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lexmae import artifact
-from lexmae.data.lines import check_id, check_text, read_objects, read_tsv
+from lexmae.data.lines import check_id, check_text, count_lines, read_objects, read_tsv
 from lexmae.data.negatives import read_negatives, write_negatives
 from lexmae.data.qrels import (
     Judgement,
@@ -144,6 +144,10 @@ class Corpus:
         rows = self.judgements(split)
         return None if rows is None else gather(rows)
 
+    def size_hint(self) -> int | None:
+        """About how many documents there are, where that is quick to tell (for a progress bar)."""
+        return None
+
     def splits(self) -> list[str]:
         """Names of the splits that have queries, sorted."""
         raise NotImplementedError("a layout lists its splits")
@@ -172,6 +176,10 @@ class BeirFolder(Corpus):
     """`corpus.jsonl`, `queries.jsonl`, `qrels/SPLIT.tsv`. Queries without any judgements form the split
     "all".
     """
+
+    def size_hint(self) -> int | None:
+        """Lines of the documents' file."""
+        return count_lines(_required(Path(self.source), "corpus.jsonl"))
 
     def splits(self) -> list[str]:
         if _optional(Path(self.source), "queries.jsonl") is None:
@@ -207,6 +215,11 @@ class MarcoFolder(Corpus):
     """`collection.tsv` (with `collection.tsv.title.tsv`) or else `fullpsgs.tsv`; queries and judgements per
     split.
     """
+
+    def size_hint(self) -> int | None:
+        """Lines of the documents' file."""
+        folder = Path(self.source)
+        return count_lines(_optional(folder, "collection.tsv") or _required(folder, "fullpsgs.tsv"))
 
     def splits(self) -> list[str]:
         return sorted(self._query_files())

@@ -1,0 +1,189 @@
+"""Writing shards: check a collection, tokenise it once, and leave a directory that is complete or absent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lexmae import artifact
+from lexmae.cli import progress, say
+from lexmae.data import tokenizer as tokenizers
+from lexmae.data.corpus import Corpus, Passage, Query
+from lexmae.data.qrels import gather, write_qrels
+from lexmae.data.tokenizer import Encoded, TextEncoder
+from lexmae.data.tokens import SHARD_ROWS, TableWriter, TokenTable
+from lexmae.errors import InputError
+
+KIND = "shards"
+_CHUNK = 4096  # texts tokenised together
+
+T = TypeVar("T")
+
+
+def prepare(
+    source: Corpus | str | Path,
+    output: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    train_tokenizer: int | None = None,
+    max_length: int = 144,
+    query_length: int = 32,
+    workers: int | None = None,
+    shard_size: int = SHARD_ROWS,
+) -> None:
+    """Tokenise a collection into shards.
+
+    Args:
+        source: a collection, or what `Corpus.open` takes.
+        output: the directory to write; it must not exist.
+        tokenizer: folder or hub name of a tokenizer; or else
+        train_tokenizer: number of entries of a WordPiece to train on the documents.
+        max_length: tokens of a document, special tokens included.
+        query_length: tokens of a query, special tokens included.
+        workers: threads that tokenise; None takes all cores. The output does not depend on it.
+        shard_size: documents per file.
+
+    Raises:
+        InputError: a bad line or judgement, an unusable tokenizer or length, or `output` exists.
+    """
+    if (tokenizer is None) == (train_tokenizer is None):
+        raise InputError(
+            "give either a tokenizer or the number of entries of one to train, not both or neither"
+        )
+    if shard_size < 1:
+        raise InputError(f"{shard_size} documents per file: at least 1 is needed")
+    corpus = source if isinstance(source, Corpus) else Corpus.open(source)
+    config = {"tokenizer": None if tokenizer is None else str(tokenizer), "train_tokenizer": train_tokenizer,
+              "max_length": max_length, "query_length": query_length}  # fmt: skip
+    tokenizers.limit_threads(workers)
+    with artifact.create(output, KIND, inputs={"corpus": corpus.source}, config=config) as draft:
+        chosen = (
+            tokenizers.load(tokenizer)
+            if train_tokenizer is None
+            else _train(corpus, train_tokenizer, max_length)
+        )
+        encoder = TextEncoder(chosen)
+        encoder.check_length(max_length, "maximum length")
+        encoder.check_length(query_length, "query length")
+        _save_tokenizer(encoder, draft)
+        _Preparation(corpus, encoder, draft, shard_size).run(max_length, query_length)
+
+
+def table_name(split: str) -> str:
+    """Name of the table that holds the queries of a split."""
+    return f"queries-{split}"
+
+
+class _Preparation:
+    """One run: tables, then the judgements checked against them."""
+
+    def __init__(self, corpus: Corpus, encoder: TextEncoder, draft: artifact.Draft, shard_size: int) -> None:
+        self.corpus, self.encoder, self.draft, self.shard_size = corpus, encoder, draft, shard_size
+        self.statistics: dict[str, dict[str, float]] = {}
+
+    def run(self, max_length: int, query_length: int) -> None:
+        """Queries first, because they are few and show most mistakes; then documents; then judgements."""
+        splits = self.corpus.splits()
+        for split in splits:
+            self._queries(split, query_length)
+        self._documents(max_length)
+        for split in splits:
+            self._judgements(split)
+        self.draft.extra.update(splits=splits, max_length=max_length, query_length=query_length,
+                                lengths=self.statistics)  # fmt: skip
+
+    def _queries(self, split: str, length: int) -> None:
+        queries = progress(self.corpus.queries(split), desc=f"queries {split}", unit=" queries")
+
+        def encode(chunk: list[Query]) -> Encoded:
+            return self.encoder.singles([query.text for query in chunk], length)
+
+        self.draft.counts[f"queries.{split}"] = self._table(table_name(split), queries, encode)
+
+    def _documents(self, length: int) -> None:
+        total = self.corpus.size_hint()
+        passages = progress(self.corpus.passages(), total=total, desc="documents", unit=" documents")
+
+        def encode(chunk: list[Passage]) -> Encoded:
+            return self.encoder.pairs([p.title for p in chunk], [p.text for p in chunk], length)
+
+        self.draft.counts["documents"] = self._table("docs", passages, encode)
+        for what, count in (("a title and no text", self.corpus.title_only),
+                            ("neither title nor text", self.corpus.empty)):  # fmt: skip
+            if count:
+                say(f"warning: {count} documents have {what}; they are kept")
+        self.draft.counts.update(title_only=self.corpus.title_only, empty=self.corpus.empty)
+
+    def _table(self, name: str, records: Iterable[Any], encode: Any) -> int:
+        writer = TableWriter(self.draft.path, name, self.encoder.dtype, self.shard_size)
+        lengths, truncated = [], 0
+        for chunk in _chunks(records, _CHUNK):
+            rows = encode(chunk)
+            writer.append([record.id for record in chunk], rows.values, rows.lengths, rows.first_lengths)
+            lengths.append(rows.lengths.astype(np.int32))
+            truncated += int(rows.truncated.sum())
+        writer.close()
+        self.statistics[name] = describe_lengths(np.concatenate(lengths), truncated)
+        return writer.rows
+
+    def _judgements(self, split: str) -> None:
+        rows = self.corpus.judgements(split)
+        if rows is None:
+            say(f"split {split}: no judgements")
+            return
+        judgements = list(rows)
+        qrels = gather(judgements)
+        for table, field in ((TokenTable(self.draft.path, table_name(split), "query"), "qid"),
+                             (TokenTable(self.draft.path, "docs", "document"), "docid")):  # fmt: skip
+            unknown = np.flatnonzero(~table.contains([getattr(judgement, field) for judgement in judgements]))
+            if len(unknown):
+                bad = judgements[unknown[0]]
+                more = f" (and {len(unknown) - 1} more such lines)" if len(unknown) > 1 else ""
+                reason = f"judgement of an unknown {table.what} {getattr(bad, field)!r}{more}"
+                raise InputError(reason, path=bad.path, line=bad.line)
+        write_qrels(self.draft.path / "qrels" / f"{split}.tsv", qrels)
+        self.draft.counts[f"judgements.{split}"] = sum(map(len, qrels.values()))
+
+
+def describe_lengths(lengths: np.ndarray, truncated: int) -> dict[str, float]:
+    """Statistics of row lengths in tokens, special tokens included, and the share of rows that were cut."""
+    p50, p95 = np.percentile(lengths, [50, 95])
+    return {"rows": len(lengths), "mean": round(float(lengths.mean()), 2), "p50": float(p50), "p95":
+    float(p95), "max": int(lengths.max()), "truncated": round(truncated / len(lengths), 4)}  # fmt: skip
+
+
+def _train(corpus: Corpus, entries: int, max_length: int) -> Any:
+    """A WordPiece of the documents' titles and texts."""
+    say(f"training a WordPiece tokenizer of {entries} entries")
+
+    def texts() -> Iterator[str]:
+        for passage in corpus.passages():
+            yield f"{passage.title} {passage.text}"
+
+    trained = tokenizers.train(texts, entries, max(512, max_length))
+    if len(trained) < entries:
+        say(f"warning: the text supports only {len(trained)} of {entries} entries; going on with those")
+    return trained
+
+
+def _save_tokenizer(encoder: TextEncoder, draft: artifact.Draft) -> None:
+    encoder.tokenizer.save_pretrained(str(draft.path / "tokenizer"))
+    np.save(draft.path / "word_starts.npy", tokenizers.word_starts(encoder.tokenizer))
+    special = encoder.special
+    draft.extra.update(
+        tokenizer_hash=tokenizers.fingerprint(encoder.tokenizer),
+        vocab_size=encoder.vocab_size,
+        token_dtype=encoder.dtype.name,
+        token_type_ids=encoder.token_type_ids,
+        special_ids={name: getattr(special, name) for name in special.__dataclass_fields__},
+    )
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[Sequence[T]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

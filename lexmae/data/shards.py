@@ -1,0 +1,81 @@
+"""Shards: a collection tokenised once, memory-mapped, read at random by row or id.
+
+    SHARDS/
+      manifest.json              counts, token statistics, tokenizer hash, checksums
+      tokenizer/                 as `save_pretrained` writes it
+      docs-00000.arrow …         tokens of the documents, lookup-docs.arrow their ids
+      queries-SPLIT-00000.arrow  tokens of the queries of a split, lookup-queries-SPLIT.arrow their ids
+      qrels/SPLIT.tsv            judgements, where the split has any
+      word_starts.npy            bool [V], for whole-word masking
+
+Reading needs neither torch nor transformers. `prepare` (of `lexmae.data.prepare`) writes them.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from lexmae import artifact
+from lexmae.data.prepare import KIND, prepare, table_name
+from lexmae.data.qrels import Qrels, read_qrels
+from lexmae.data.tokenizer import SpecialIds
+from lexmae.data.tokens import TokenBatch, TokenTable
+from lexmae.errors import InputError
+
+__all__ = ["Shards", "SpecialIds", "TokenBatch", "TokenTable", "prepare"]
+
+
+class Shards:
+    """A finished directory of shards."""
+
+    def __init__(self, manifest: artifact.Manifest) -> None:
+        self.manifest = manifest
+        self.path = manifest.path
+        self.splits: list[str] = list(manifest.extra["splits"])
+        self.special = SpecialIds(**manifest.extra["special_ids"])
+        self.vocab_size: int = manifest.extra["vocab_size"]
+        self.token_type_ids: bool = manifest.extra["token_type_ids"]
+        self._queries: dict[str, TokenTable] = {}
+
+    @staticmethod
+    def open(path: str | Path) -> Shards:
+        """Open shards; InputError when they are missing, unfinished or of another kind."""
+        return Shards(artifact.read(path, KIND))
+
+    def __reduce__(self):
+        return Shards.open, (self.path,)
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The tokenizer's folder, for `AutoTokenizer.from_pretrained`."""
+        return self.path / "tokenizer"
+
+    @cached_property
+    def docs(self) -> TokenTable:
+        """The documents."""
+        return TokenTable(self.path, "docs", "document")
+
+    def queries(self, split: str) -> TokenTable:
+        """The queries of a split."""
+        self._known(split)
+        if split not in self._queries:
+            self._queries[split] = TokenTable(self.path, table_name(split), "query")
+        return self._queries[split]
+
+    def qrels(self, split: str) -> Qrels:
+        """Judgements {query: {document: relevance}} of a split; empty when it has none."""
+        self._known(split)
+        path = self.path / "qrels" / f"{split}.tsv"
+        return read_qrels(path) if path.is_file() else {}
+
+    def word_starts(self) -> np.ndarray:
+        """Whether each vocabulary entry begins a word, bool [V]. Special tokens do."""
+        return np.load(self.path / "word_starts.npy")
+
+    def _known(self, split: str) -> None:
+        if split not in self.splits:
+            names = ", ".join(self.splits) or "none"
+            raise InputError(f"no queries of the split {split!r}; there are: {names}", path=self.path)
