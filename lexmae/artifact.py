@@ -117,7 +117,7 @@ def seal(draft: Draft, path: str | Path, kind: str, *, inputs: Mapping[str, str 
          config: Mapping[str, Any] | None = None) -> Manifest:
     """Write the manifest of ``draft``, flush everything to disk and give it its final name."""
     path = Path(path)
-    files = {str(p.relative_to(draft.path)): _sha256(p) for p in sorted(draft.path.rglob("*"))
+    files = {str(p.relative_to(draft.path)): checksum(p) for p in sorted(draft.path.rglob("*"))
              if p.is_file() and p.name != MANIFEST}
     record = {"lexmae": __version__, "format": FORMAT, "kind": kind, "inputs": _describe_inputs(inputs or {}),
               "config": dict(config or {}), "counts": draft.counts, "extra": draft.extra, "files": files,
@@ -161,7 +161,7 @@ def verify(path: str | Path) -> None:
         file = manifest.path / name
         if not file.is_file():
             raise InputError("is listed in the manifest but missing", file)
-        if _sha256(file) != expected:
+        if checksum(file) != expected:
             raise InputError("does not have the checksum that the manifest gives; it was changed or damaged", file)
 
 
@@ -219,7 +219,8 @@ def _fingerprint(files: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in sorted(files.items())).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def checksum(path: str | Path) -> str:
+    """sha256 of a file, hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while block := handle.read(1 << 20):

@@ -32,10 +32,10 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoRet
     try:
         code = main(argv)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(str(error))
         code = 2
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        _complain(f"{error.filename or ''}: {error.strerror or error}")
         code = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,6 +45,12 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoRet
         code = 130
     sys.stdout.flush()
     sys.exit(code or 0)
+
+
+def _complain(reason: str) -> None:
+    """The one line; every rank of a run finds the same fault, so rank 0 speaks for all."""
+    if is_main_rank():
+        print(f"error: {reason}", file=sys.stderr)
 
 
 def is_main_rank() -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lexmae import artifact, recipe
-from lexmae.cli import is_main_rank, say
+from lexmae.cli import say
 from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe
 from lexmae.data import draws
 from lexmae.data.batches import PretrainData, RankingData
@@ -181,14 +180,4 @@ def main(kind: type, argv: list[str] | None, parser: Any) -> None:
     config = recipe.load(arguments.recipe, kind, arguments.overrides)
     if arguments.deepspeed_config:
         config = dataclasses.replace(config, deepspeed=arguments.deepspeed_config)
-    guarded(lambda: run(config, arguments.resume))
-
-
-def guarded(action: Callable[[], None]) -> None:
-    """Errors of input are printed by rank 0 alone; the other ranks leave with the same code."""
-    try:
-        action()
-    except InputError:
-        if is_main_rank():
-            raise
-        raise SystemExit(2) from None
+    run(config, arguments.resume)

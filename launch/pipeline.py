@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""Run a recipe's whole cycle: corpus, shards, pre-training, every stage, search, evaluation, and a table.
+
+  python launch/pipeline.py recipes/toy
+  python launch/pipeline.py recipes/msmarco --deepspeed_config ds_configs/bf16_zero1.json
+RECIPE is a pipeline's YAML file or the folder that holds its pipeline.yaml. Every step is a command of tools/ or
+launch/, printed before it runs. A finished step is skipped as long as its command, settings and inputs are the same.
+"""
+
+from pathlib import Path
+
+from lexmae import cli, recipe
+from lexmae.config import PipelineRecipe
+from lexmae.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("recipe", help="pipeline recipe: a YAML file, or a folder with pipeline.yaml")
+    parser.add_argument("--until", metavar="STEP", help="stop after this step (--list shows their names)")
+    parser.add_argument("--list", action="store_true", help="print the steps and their commands, and run nothing")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="extend", nargs="+", default=[], dest="overrides",
+                        help="override keys of the pipeline recipe, such as input=FOLDER")
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="in place of the training recipes' `deepspeed`")
+    parser.add_argument("--ranks", type=int, help="processes that train and encode (default: one for each GPU, else 1)")
+    parser.add_argument("--hostfile", help="DeepSpeed hostfile, to train and encode on several machines")
+    parser.add_argument("--redo", action="store_true", help="replace steps made with other settings or inputs")
+    options = parser.parse_args(argv)
+
+    from lexmae.cycle import plan, report, runner
+
+    file = Path(options.recipe) / "pipeline.yaml" if Path(options.recipe).is_dir() else Path(options.recipe)
+    config = recipe.load(file, PipelineRecipe, options.overrides)
+    ranks = options.ranks or runner.visible_gpus() or 1
+    planned = plan.Plan(config, file.parent, options.deepspeed_config, ranks).steps
+    names = [step.name for step in planned]
+    if options.until and options.until not in names:
+        raise InputError(f"--until {options.until}: no such step; the steps are {', '.join(names)}")
+    if options.list:
+        print("\n".join(f"{step.name}: {' '.join(step.command)}" for step in planned))
+        return
+    run = runner.Runner(Path(config.work), ranks, options.hostfile, options.redo)
+    last = names.index(options.until) if options.until else len(planned) - 1
+    for i, step in enumerate(planned[:last + 1]):
+        run.run(step, f"{i + 1}/{len(planned)}")
+    if not options.until:
+        seconds = run.seconds(names)
+        print(report.write(config, seconds))
+        cli.say(f"{sum(seconds.values()) / 60:.1f} minutes in all; figures in {Path(config.work) / 'results.json'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

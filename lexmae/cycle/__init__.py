@@ -1,0 +1,1 @@
+"""The whole cycle of a pipeline recipe: which commands, in what order, and what they came to."""

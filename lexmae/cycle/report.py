@@ -1,0 +1,62 @@
+"""The table at the end of a pipeline: BM25 and every stage, how good, how sparse, how large, how fast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lexmae import artifact
+from lexmae.config import PipelineRecipe
+
+MEASURES = ("MRR@10", "nDCG@10", "Recall@100")
+_HEADER = ("", *MEASURES, "terms/doc", "terms/query", "index MB", "queries/s")
+
+
+def collect(config: PipelineRecipe) -> dict[str, dict[str, Any]]:
+    """Figures of BM25 and of every stage, from what the steps wrote; None where a figure does not exist."""
+    work, split = Path(config.work), config.evaluation.split
+    bm25 = json.loads((work / "bm25" / "bm25.json").read_text(encoding="utf-8"))
+    rows = {"BM25": {**_measures(work / "bm25"), "terms_docs": bm25["terms_docs"],
+                     "terms_queries": bm25["terms_queries"], "index_bytes": bm25["index_bytes"],
+                     "queries_per_second": bm25["queries_per_second"]}}
+    for stage in config.stages:
+        folder = work / stage.name
+        search = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        rows[stage.name] = {
+            **_measures(folder),
+            "terms_docs": artifact.read(folder / "vectors-docs").extra["mean_active"],
+            "terms_queries": artifact.read(folder / f"vectors-{split}").extra["mean_active"],
+            "index_bytes": sum(p.stat().st_size for p in (folder / "index").rglob("*") if p.is_file()),
+            "queries_per_second": search["queries_per_second"]}
+    return rows
+
+
+def _measures(folder: Path) -> dict[str, float]:
+    means = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["means"]
+    return {name: means[name] for name in MEASURES}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The figures as a Markdown table, aligned."""
+    lines = [_HEADER]
+    for name, row in rows.items():
+        lines.append((name, *(f"{row[measure]:.4f}" for measure in MEASURES), f"{row['terms_docs']:.1f}",
+                      f"{row['terms_queries']:.1f}", f"{row['index_bytes'] / 1e6:.1f}",
+                      f"{row['queries_per_second']:.0f}"))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+    cells = ["| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in
+                               enumerate(zip(line, widths, strict=True))) + " |" for line in lines]
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([cells[0], rule, *cells[1:]])
+
+
+def write(config: PipelineRecipe, seconds: dict[str, float]) -> str:
+    """Write ``results.json`` and ``results.md`` into the work folder; returns the table."""
+    rows, work = collect(config), Path(config.work)
+    text = table(rows)
+    with artifact.atomic_file(work / "results.json") as out:
+        json.dump({"results": rows, "seconds": seconds, "versions": artifact.versions()}, out, indent=1)
+    with artifact.atomic_file(work / "results.md") as out:
+        out.write(f"{text}\n")
+    return text

@@ -1,0 +1,116 @@
+"""Runs the steps of a plan as commands, and skips those that are finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lexmae import artifact, cli
+from lexmae.cycle.plan import Step
+from lexmae.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Runner:
+    """Runs steps that are not finished, and remembers in ``steps.json`` what each was made from.
+
+    Args:
+        work: folder of the pipeline.
+        ranks: processes of steps that train or encode, started by the deepspeed launcher where there are several.
+        hostfile: DeepSpeed hostfile, for several machines.
+        redo: replace what was made with other settings or inputs, where otherwise it is an error.
+    """
+
+    def __init__(self, work: Path, ranks: int = 1, hostfile: str | None = None, redo: bool = False):
+        self.book, self.ranks, self.hostfile, self.redo = work / "steps.json", ranks, hostfile, redo
+        self.records: dict[str, Any] = {}
+        if self.book.is_file():
+            self.records = json.loads(self.book.read_text(encoding="utf-8"))
+
+    def run(self, step: Step, position: str) -> None:
+        """Run one step, or skip it.
+
+        Raises:
+            SystemExit: the command failed; its own exit code.
+        """
+        key = _digest([step.command, step.settings, [_content(path) for path in step.inputs]])
+        record = self.records.get(step.name)
+        same = record is not None and record["key"] == key
+        if same and step.output.exists() and record["seconds"] is not None:
+            cli.say(f"[{position}] {step.name}: finished before ({record['seconds']:.0f} s)")
+            return
+        if step.output.exists() and not same and not self.redo:
+            raise InputError(f"was made with other settings or inputs than step {step.name} now has; "
+                             "choose another work=FOLDER, or replace it with --redo", step.output)
+        if not (step.resumes and same):
+            _remove(step)
+        self._note(step.name, {"key": key, "seconds": None})
+        command = self._launch(step)
+        cli.say(f"[{position}] {step.name}: {shlex.join(command)}")
+        start = time.time()
+        code = subprocess.run(command, cwd=Path.cwd()).returncode
+        if code:
+            cli.say(f"step {step.name} failed with exit code {code}; the same command goes on from here")
+            raise SystemExit(code if 0 < code < 128 else 1)
+        if not step.output.exists():
+            raise InputError(f"step {step.name} ended without making it", step.output)
+        self._note(step.name, {"key": key, "seconds": round(time.time() - start, 1)})
+
+    def seconds(self, names: list[str]) -> dict[str, float]:
+        """What each step took when it ran, in seconds."""
+        return {name: self.records[name]["seconds"] for name in names}
+
+    def _launch(self, step: Step) -> list[str]:
+        script = [str(ROOT / step.command[0]) if step.command[0].endswith(".py") else step.command[0],
+                  *step.command[1:]]
+        if not step.trains or (self.ranks == 1 and not self.hostfile):
+            return [sys.executable, *script]
+        launcher = [str(Path(sys.executable).with_name("deepspeed"))]
+        return [*launcher, *(["--hostfile", self.hostfile] if self.hostfile
+                             else ["--num_gpus", str(self.ranks)]), *script]
+
+    def _note(self, name: str, record: dict[str, Any]) -> None:
+        self.records[name] = record
+        with artifact.atomic_file(self.book) as out:
+            json.dump(self.records, out, indent=1)
+
+
+def visible_gpus() -> int:
+    """Number of GPUs that this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _remove(step: Step) -> None:
+    """What an earlier command of that name left; training keeps nothing of a run with other settings."""
+    stale = step.output.parent if step.output.name == "model" else step.output
+    for path in (stale, artifact.partial_path(step.output)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _content(path: Path) -> Any:
+    """What identifies the content of an input: an artifact's fingerprint, a file's checksum, a folder's listing."""
+    if artifact.exists(path):
+        return artifact.read(path).fingerprint
+    if path.is_file():
+        return artifact.checksum(path)
+    if path.is_dir():
+        return [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns]
+                for p in sorted(path.rglob("*")) if p.is_file()]
+    return str(path)
