@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
@@ -71,11 +72,13 @@ def load_masked_lm(init: str, **kw: Any) -> PreTrainedModel:
     Keywords go to `AutoModelForMaskedLM.from_pretrained`. Raises InputError when the folder or name holds no
     such model.
     """
+    if not init:
+        raise InputError("a model folder or hub name is needed")
     folder = Path(init)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError("no config.json: not a Hugging Face model folder", path=init)
-    elif folder.is_absolute() or init.startswith((".", "~")) or init.count("/") > 1 or not init:
+    elif folder.is_absolute() or init.startswith((".", "~")) or init.count("/") > 1:
         raise InputError("no such model folder", path=init)
     try:
         config = AutoConfig.from_pretrained(init)
@@ -83,7 +86,7 @@ def load_masked_lm(init: str, **kw: Any) -> PreTrainedModel:
         lm = AutoModelForMaskedLM.from_pretrained(init, config=config, **{"dtype": torch.float32, **kw})
     except InputError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"cannot load a masked language model: {_first_line(error)}", path=init) from error
     return _settle(lm)
 
@@ -108,7 +111,7 @@ def create_masked_lm(
     try:
         config = AutoConfig.for_model(architecture, **{"vocab_size": vocab_size, **ids, **size})
         lm = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, StrictDataclassError) as error:
         raise InputError(f"cannot build a {architecture} of this size: {_first_line(error)}") from error
     return _settle(lm)
 
