@@ -94,7 +94,7 @@ def build(output: str | Path, max_passages: int | None = None) -> None:
     (those without a query) keep their shares. Whole modules, not passages, are divided between the splits.
     """
     documents = select(_read_packages(), max_passages)
-    qrels: dict[str, dict[str, dict[str, int]]] = {"train": {}, "dev": {}}
+    qrels: dict = {"train": {}, "dev": {}}  # split -> query -> passage -> 1
     for document in documents:
         if document.query:
             qrels[split_of(document.module)][f"q:{document.name}"] = {document.name: 1}
@@ -281,7 +281,8 @@ def _attached(call: ast.Call, module: str) -> Iterator[tuple[str, str]]:
     `add_newdoc(name, text)` and `add_docstr(object, text)`."""
     *names, last = call.args[:3]
     parts = [n.value if isinstance(n, ast.Constant) else ast.unparse(n) for n in names]
-    pairs = [n.elts for n in (last, *getattr(last, "elts", [])) if isinstance(n, ast.Tuple) and len(n.elts) == 2]
+    tuples = [n for n in (last, *getattr(last, "elts", [])) if isinstance(n, ast.Tuple)]
+    pairs = [n.elts for n in tuples if len(n.elts) == 2]
     if len(names) == 1 and isinstance(names[0], ast.Constant):
         parts.insert(0, module)
     for member, text in pairs or [(None, last)]:
