@@ -38,7 +38,9 @@ class _Movable:
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [_move(item, device) for item in value]
-    return value.to(device, non_blocking=True) if isinstance(value, (torch.Tensor, _Movable)) else value
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    return value.to(device) if isinstance(value, _Movable) else value
 
 
 @dataclass

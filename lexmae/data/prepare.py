@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -173,6 +174,8 @@ def _train(corpus: Corpus, entries: int, max_length: int) -> Any:
 def _save_tokenizer(encoder: TextEncoder, draft: artifact.Draft) -> None:
     encoder.tokenizer.save_pretrained(str(draft.path / "tokenizer"))
     np.save(draft.path / "word_starts.npy", tokenizers.word_starts(encoder.tokenizer))
+    with artifact.atomic_file(draft.path / "vocabulary.json") as out:
+        json.dump(tokenizers.vocabulary(encoder.tokenizer, encoder.vocab_size), out, ensure_ascii=False)
     special = encoder.special
     draft.extra.update(
         tokenizer_hash=tokenizers.fingerprint(encoder.tokenizer),

@@ -13,6 +13,7 @@ Reading needs neither torch nor transformers. `prepare` (of `lexmae.data.prepare
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from pathlib import Path
 
@@ -70,6 +71,10 @@ class Shards:
         self._known(split)
         path = self.path / "qrels" / f"{split}.tsv"
         return read_qrels(path) if path.is_file() else {}
+
+    def vocabulary(self) -> list[str]:
+        """The token strings by id."""
+        return json.loads((self.path / "vocabulary.json").read_text(encoding="utf-8"))
 
     def word_starts(self) -> np.ndarray:
         """Whether each vocabulary entry begins a word, bool [V]. Special tokens do."""

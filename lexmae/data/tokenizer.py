@@ -162,11 +162,19 @@ def load(name: str | Path) -> Any:
     """A tokenizer by folder or hub name."""
     from transformers import AutoTokenizer
 
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "tokenizer_config.json").exists() | (folder / "tokenizer.json").exists():
+        raise InputError("no tokenizer in this folder (tokenizer.json, tokenizer_config.json)", path=folder)
+    if not folder.is_dir() and (folder.is_absolute() or folder.exists()):
+        raise InputError("no such folder with a tokenizer", path=folder)
     try:
-        return AutoTokenizer.from_pretrained(str(name))
+        found = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot load a tokenizer: {reason[:300]}", path=name) from error
+    for key in ("is_local", "local_files_only"):  # how it was loaded is no part of what it is
+        found.init_kwargs.pop(key, None)
+    return found
 
 
 def train(texts: Callable[[], Iterable[str]], entries: int, max_length: int = 512) -> Any:
@@ -222,6 +230,15 @@ def fingerprint(tokenizer: Any) -> str:
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad", "mask", "unk")}
     text = json.dumps([content, special], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def vocabulary(tokenizer: Any, size: int) -> list[str]:
+    """The token strings by id; an id that the tokenizer does not use is named after its number."""
+    names = [f"[unused-id-{index}]" for index in range(size)]
+    for entry, index in tokenizer.get_vocab().items():
+        if index < size:
+            names[index] = entry
+    return names
 
 
 def word_starts(tokenizer: Any) -> np.ndarray:

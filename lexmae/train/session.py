@@ -102,8 +102,8 @@ def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> N
 def build_lm(config: ModelConfig, shards: Shards) -> Any:
     """The backbone of a recipe, checked against the shards' vocabulary and length."""
     if config.init == "scratch":
-        lm = backbone.create_masked_lm(config.architecture, shards.vocab_size, dataclasses.asdict(shards.special),
-                                       config.size)
+        special = {name: i for name, i in dataclasses.asdict(shards.special).items() if i is not None}
+        lm = backbone.create_masked_lm(config.architecture, shards.vocab_size, special, config.size)
     else:
         lm = backbone.load_masked_lm(config.init)
     entries = backbone.word_embeddings(lm).shape[0]
