@@ -14,31 +14,21 @@ the block; ``weights.npy`` uint8 or uint16 [P]; ``vocabulary.json``. The posting
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lexmae import artifact
 from lexmae.cli import progress
+from lexmae.retrieval.kernels import LIMIT, chunks, compiled, keep_best, unpack
 from lexmae.retrieval.runs import Run
 from lexmae.retrieval.vectors import Csr, SparseVectors, read_vocabulary, write_vocabulary
 
 BLOCK = 1 << 15
 _STRIDE = 64  # accumulators compared with the threshold at a time
-_FITS = 2**31 - 1
-
-
-def _compiled(function: Callable) -> Callable:
-    """Compile without the interpreter lock; keep the machine code on disk where a cache folder can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found no folder it may write to
-        return numba.njit(nogil=True)(function)
 
 
 def build(vectors: SparseVectors, draft: artifact.Draft) -> None:
@@ -91,11 +81,12 @@ class ExactIndex:
     def search(self, queries: SparseVectors, hits: int, threads: int) -> Run:
         """The ``hits`` best documents of every query; only documents that share a term with it are found."""
         hits = min(hits, len(self))
-        rows = Csr(*(np.array(part) for part in queries.csr))  # writable copies: one compiled form serves them all
-        bounds = _chunks(len(queries), threads)
+        asked = Csr(*(np.array(part) for part in queries.csr))  # writable copies: one compiled form serves them all
+        bounds = chunks(len(queries), threads)
+        self._search(asked, 0, min(1, len(queries)), hits)  # loads or compiles the kernel before the clock starts
         run, started = Run(self.ids), time.perf_counter()
         with ThreadPoolExecutor(threads) as pool, progress(total=len(queries), desc="search", unit="query") as bar:
-            jobs = [pool.submit(self._search, rows, first, last, hits) for first, last in bounds]
+            jobs = [pool.submit(self._search, asked, first, last, hits) for first, last in bounds]
             for (first, _), job in zip(bounds, jobs, strict=True):
                 for offset, (rows, scores) in enumerate(job.result()):
                     run.add(queries.ids[first + offset], rows, scores, ordered=True)
@@ -115,8 +106,7 @@ class ExactIndex:
                 part = slice(*queries.indptr[first + len(found):][:2])
                 found.append(self._search_wide(queries.indices[part], queries.weights[part], hits))
             else:
-                best = -np.sort(-row[:count])
-                found.append(((_FITS - (best & _FITS)).astype(np.int32), (best >> 31).astype(np.int32)))
+                found.append(unpack(row[:count]))
         return found
 
     def _search_wide(self, terms: np.ndarray, factors: np.ndarray, hits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,13 +128,7 @@ def _map(path: Path) -> np.ndarray:
     return np.asarray(array).view(np.ndarray)
 
 
-def _chunks(n: int, threads: int) -> list[tuple[int, int]]:
-    """Ranges of queries: several for each thread, none so long that its results hold much memory."""
-    size = max(1, min(256, -(-n // (4 * threads))))
-    return [(first, min(first + size, n)) for first in range(0, n, size)]
-
-
-@_compiled
+@compiled
 def _invert(indptr, indices, weights, rows, at, starts, out_documents, out_weights):
     """Sort the postings of the documents ``rows`` by term, from position ``at`` on; returns the position after."""
     for row in rows:
@@ -164,13 +148,12 @@ def _invert(indptr, indices, weights, rows, at, starts, out_documents, out_weigh
     return starts[-1]
 
 
-@_compiled
+@compiled
 def _search_block_wise(starts, documents, weights, n_documents, q_indptr, q_terms, q_weights, first, last, hits,
                        heaviest, out_keys, out_counts):
     """The best ``hits`` keys of each query ``first`` to ``last - 1``, in no order; count -1: scores may be too big.
 
-    A key is ``score · 2³¹ + (2³¹ - 1 - document)``: unique, and larger for the better hit, ties included. Documents
-    come in ascending order, so one whose score only equals the worst of ``hits`` kept ones can be passed over.
+    Documents come in ascending order, so one whose score only equals the worst of ``hits`` kept ones is passed over.
     """
     n_blocks = len(starts)
     scores = np.zeros(BLOCK, np.int32)
@@ -180,7 +163,7 @@ def _search_block_wise(starts, documents, weights, n_documents, q_indptr, q_term
         bound = np.int64(0)
         for j in range(q_indptr[query], q_indptr[query + 1]):
             bound += np.int64(q_weights[j]) * heaviest
-        if bound > _FITS:
+        if bound > LIMIT:
             out_counts[query - first] = -1
             continue
         found, floor = 0, np.int32(0)
@@ -203,15 +186,12 @@ def _search_block_wise(starts, documents, weights, n_documents, q_indptr, q_term
                 if best > floor:
                     for d in range(left, left + _STRIDE):
                         if scores[d] > floor:
-                            keys[found] = (np.int64(scores[d]) << 31) | (_FITS - (base + d))
+                            keys[found] = (np.int64(scores[d]) << 31) | (LIMIT - (base + d))
                             found += 1
                     if found > room - _STRIDE:
-                        keys[:hits] = np.partition(keys[:found], found - hits)[found - hits:]
-                        found = hits
+                        found = keep_best(keys, found, hits)
                         floor = np.int32(keys[:hits].min() >> 31)
             scores[:size] = 0
-        if found > hits:
-            keys[:hits] = np.partition(keys[:found], found - hits)[found - hits:]
-            found = hits
+        found = keep_best(keys, found, hits)
         out_keys[query - first, :found] = keys[:found]
         out_counts[query - first] = found
