@@ -1,10 +1,11 @@
-"""Times the fused LM head against the plain one: forward, and forward with backward, in ms.
+"""Times the fused LM head against the plain one, in ms.
 
     OMP_NUM_THREADS=1 python benchmarks/head.py [--batch 64 --length 96 --vocab 8192 --hidden 192]
 
-Two gradients are timed: `softmax`, that of the pre-training bottleneck, not zero anywhere; and `sparse`, that
-of the saturated lexicon, not zero for `--active` entries of each sequence. The plain head is `F.linear` and a
-masked amax.
+Four cases: the masked maximum forward only; forward and backward with the gradient of the pre-training
+bottleneck, `softmax`, not zero anywhere; with that of the saturated lexicon, `sparse`, not zero for `--active`
+entries of each sequence; and `loss`, the cross entropy of 40 % of the tokens, forward and backward. The plain
+head is `F.linear` with a masked amax or `F.cross_entropy`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lexmae.model.head import max_logits
+from lexmae.model.mlm import cross_entropy_sum
 
 
 def plain(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     """[B, L, H] -> [B, V] with the logits of all tokens in memory."""
     return F.linear(hidden, weight, bias).masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(1).float()
+
+
+def plain_loss(rows: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """[M, H] -> the sum of cross entropies, with the logits of all rows in memory."""
+    return F.cross_entropy(F.linear(rows, weight, bias).float(), targets, reduction="sum")
+
+
+def fused_loss(*inputs: Tensor) -> Tensor:
+    """The same, in chunks of rows."""
+    return cross_entropy_sum(*inputs)[0]
 
 
 def best_ms(run: Callable[[], object], repeats: int, device: str) -> float:
@@ -38,7 +50,7 @@ def best_ms(run: Callable[[], object], repeats: int, device: str) -> float:
 
 
 def measure(head: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor | None, args) -> float:
-    """ms of a forward pass, followed by a backward pass where `grad` [B, V] is given."""
+    """ms of a forward pass, followed by a backward pass where `grad` is given."""
 
     def run() -> None:
         with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.bf16):
@@ -62,6 +74,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def report(name: str, slow: float, fast: float) -> None:
+    """One line of the table."""
+    print(f"{name:8} plain {slow:8.1f} ms   fused {fast:8.1f} ms   ratio {slow / fast:.2f}")
+
+
 def main() -> None:
     """Print one line for each case."""
     args = parse()
@@ -78,7 +95,12 @@ def main() -> None:
     for name, grad in {"forward": None, "softmax": dense, "sparse": sparse}.items():
         slow = measure(plain, [hidden, weight, bias, mask], grad, args)
         fast = measure(max_logits, [hidden, weight, bias, mask], grad, args)
-        print(f"{name:8} plain {slow:8.1f} ms   fused {fast:8.1f} ms   ratio {slow / fast:.2f}")
+        report(name, slow, fast)
+    rows = hidden.detach().flatten(0, 1)[: int(0.4 * args.batch * args.length)].requires_grad_()
+    targets = torch.randint(0, args.vocab, rows.shape[:1], device=args.device)
+    one = torch.ones((), device=args.device)
+    slow, fast = (measure(h, [rows, weight, bias, targets], one, args) for h in (plain_loss, fused_loss))
+    report("loss", slow, fast)
 
 
 if __name__ == "__main__":

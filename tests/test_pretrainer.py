@@ -195,9 +195,8 @@ def test_decoder_reads_the_bottleneck_and_trains_the_encoder(architecture):
     last = {"distilbert": "layer.2.ffn.lin2.weight", "modernbert": "layers.2.mlp.Wo.weight"}
     for source, reached in (("logits", True), ("saturated", True), ("cls", True), ("off", False)):
         model = Pretrainer(tiny(architecture), bottleneck=source).eval()
-        parameter = next(
-            p for n, p in model.lm.named_parameters() if n.endswith(last.get(architecture, "layer.2.output.dense.weight"))
-        )
+        name = last.get(architecture, "layer.2.output.dense.weight")
+        parameter = next(p for n, p in model.lm.named_parameters() if n.endswith(name))
         (gradient,) = torch.autograd.grad(model(**example())["dec_loss_sum"], parameter, allow_unused=True)
         assert (gradient is not None and gradient.abs().sum() > 0) == reached
 

@@ -43,18 +43,27 @@ def max_logits(
         tokens. Of equal maxima one token gets the gradient. Products run in the autocast type where autocast
         is on.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise InputError(f"unknown head {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
     mask = text_mask.bool()
-    if implementation == "reference":
+    if choose_implementation(implementation) == "reference":
         return max_pool(F.linear(hidden, weight, bias), mask)
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return _ChunkedMax.apply(hidden, weight, bias, mask, dtype, torch.is_grad_enabled())
+    return _ChunkedMax.apply(hidden, weight, bias, mask, matmul_dtype(hidden), torch.is_grad_enabled())
 
 
-def _no_autocast(method: Any) -> Any:
-    """The function chooses its own types: autocast must not change them, in the backward either."""
+def choose_implementation(name: str) -> str:
+    """One of IMPLEMENTATIONS -> `reference` or `chunked`."""
+    if name not in IMPLEMENTATIONS:
+        raise InputError(f"unknown head {name!r}; known: {', '.join(IMPLEMENTATIONS)}")
+    return "chunked" if name == "auto" else name
+
+
+def matmul_dtype(tensor: Tensor) -> torch.dtype:
+    """The type in which a product of `tensor` runs here: autocast's, where it is on."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def without_autocast(method: Any) -> Any:
+    """For the methods of an autograd function that chooses its own types, in the backward too."""
 
     @functools.wraps(method)
     def wrapped(ctx: Any, first: Tensor, *rest: Any) -> Any:
@@ -66,7 +75,7 @@ def _no_autocast(method: Any) -> Any:
 
 class _ChunkedMax(torch.autograd.Function):
     @staticmethod
-    @_no_autocast
+    @without_autocast
     def forward(ctx, hidden, weight, bias, text_mask, dtype, grad_enabled):
         source, counts = _text_tokens(text_mask)
         needs_argmax = grad_enabled and any(ctx.needs_input_grad)
@@ -81,7 +90,7 @@ class _ChunkedMax(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    @_no_autocast
+    @without_autocast
     def backward(ctx, grad):
         hidden, weight, winner, source, empty = ctx.saved_tensors
         batch, length, _ = hidden.shape

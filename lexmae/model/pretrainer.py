@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lexmae.errors import InputError
 from lexmae.model import backbone, lexicon
 from lexmae.model.head import max_logits
+from lexmae.model.mlm import cross_entropy_sum
 
 IGNORE = -100
 """The label of a position without a loss."""
@@ -30,7 +30,7 @@ class Pretrainer(nn.Module):
             exported: the decoder is dropped after pre-training.
         n_decoder_layers: layers of the weak decoder, of the backbone's own kind, randomly initialised here.
         bottleneck: where b comes from: `logits` (the paper), `saturated`, `cls`, or `off`.
-        head: implementation of the pooled head, see `head.max_logits`.
+        head: implementation of the output matrix's products, see `head.max_logits`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Pretrainer(nn.Module):
         hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)  # [B, L, H]
         features = backbone.transform(self.lm, hidden)
         weight, bias = backbone.output_matrix(self.lm)
-        encoder = masked_lm_loss(features, weight, bias, enc_labels)
+        encoder = masked_lm_loss(features, weight, bias, enc_labels, head=self.head)
 
         embedded = backbone.embed(self.lm, dec_input_ids, token_type_ids)
         vector = self._bottleneck(hidden, features, text_mask)
@@ -79,7 +79,7 @@ class Pretrainer(nn.Module):
             embedded = torch.cat([vector.to(embedded.dtype).unsqueeze(1), embedded[:, 1:]], dim=1)
         decoded = self.decoder(embedded, attention_mask)
         tied = backbone.word_embeddings(self.lm)
-        decoder = masked_lm_loss(decoded, tied, self.decoder.bias, dec_labels, self.decoder.transform)
+        decoder = masked_lm_loss(decoded, tied, self.decoder.bias, dec_labels, self.decoder.transform, self.head)
         return {
             **{f"enc_{name}": value for name, value in encoder.items()},
             **{f"dec_{name}": value for name, value in decoder.items()},
@@ -103,6 +103,7 @@ def masked_lm_loss(
     bias: Tensor | None,
     labels: Tensor,
     transform: Callable[[Tensor], Tensor] | None = None,
+    head: str = "auto",
 ) -> dict[str, Tensor]:
     """Cross entropy of [B, L, H] features at the labelled positions only.
 
@@ -110,21 +111,15 @@ def masked_lm_loss(
         features: [B, L, H]; `transform` is applied to the labelled rows first.
         weight, bias: output matrix [V, H] and its bias [V] or None.
         labels: [B, L], IGNORE where there is no loss.
+        head: implementation, see `head.max_logits`.
 
     Returns:
         float32 scalars `loss_sum`, `count`, `correct` (label among the largest logits). Without a labelled
         position all are 0, with zero gradients.
     """
     chosen = labels != IGNORE
-    targets = labels[chosen]  # [M]
     rows = features[chosen]  # [M, H]
     if transform is not None:
         rows = transform(rows)
-    logits = F.linear(rows, weight, bias).float()  # [M, V]
-    with torch.no_grad():
-        correct = (logits.gather(1, targets.unsqueeze(1)).squeeze(1) >= logits.amax(1)).sum()
-    return {
-        "loss_sum": F.cross_entropy(logits, targets, reduction="sum"),
-        "count": chosen.sum().float(),
-        "correct": correct.float(),
-    }
+    loss_sum, correct = cross_entropy_sum(rows, weight, bias, labels[chosen], head)
+    return {"loss_sum": loss_sum, "count": chosen.sum().float(), "correct": correct}
