@@ -83,7 +83,10 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, dict]]:
     for number, line in read_lines(path):
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except json.JSONDecodeError as error:
+            reason = f"invalid JSON at column {error.colno}: {error.msg}"
+            raise InputError(reason, path=path, line=number) from None
+        except (RecursionError, ValueError) as error:
             raise InputError(f"invalid JSON: {error}", path=path, line=number) from None
         if not isinstance(value, dict):
             raise InputError(f"expected a JSON object, found {_kind(value)}", path=path, line=number)
