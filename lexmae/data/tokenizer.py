@@ -205,7 +205,8 @@ def train(texts: Callable[[], Iterable[str]], entries: int, max_length: int = 51
         plain.train_from_iterator(texts(), trainer)
         return plain.get_vocab(with_added_tokens=False)
 
-    alphabet = _alphabet(texts(), plain.normalizer, min(1000, entries // 4))
+    kept = _alphabet(texts(), plain.normalizer, min(1000, entries // 4))
+    alphabet = sorted({*kept, MISSING_TITLE})
     continuing = sorted(
         entry for entry in entries_of(0, special) if entry.startswith("##") and len(entry) == 3
     )
