@@ -198,6 +198,7 @@ def train(texts: Callable[[], Iterable[str]], entries: int, max_length: int = 51
     plain.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
 
     def entries_of(size: int, known: list[str]) -> dict[str, int]:
+        """Vocabulary {entry: id} of a WordPiece of this size whose first entries are `known`."""
         trainer = trainers.WordPieceTrainer(
             vocab_size=size, min_frequency=2, special_tokens=known, initial_alphabet=alphabet,
             limit_alphabet=len(alphabet), continuing_subword_prefix="##", show_progress=False,
