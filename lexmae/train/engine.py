@@ -171,7 +171,8 @@ class Engine:
                 full = parameter.detach() if full is None else full.detach()
                 seen[id(parameter)] = full.float().cpu().clone() if self.rank == 0 else None
             state[name] = seen[id(parameter)]
-        state |= {name: buffer.detach().cpu().clone() for name, buffer in module.named_buffers()}
+        persistent = module.state_dict().keys()
+        state |= {name: buffer.detach().cpu().clone() for name, buffer in module.named_buffers() if name in persistent}
         return state if self.rank == 0 else {}
 
 
