@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lexmae.errors import InputError
-from lexmae.retrieval import engines, exact
+from lexmae.retrieval import anserini, engines, exact
+from lexmae.retrieval.kernels import keep_best
 from lexmae.retrieval.vectors import Csr, SparseVectors, quantise
 
 V = 60
@@ -31,7 +32,7 @@ def brute_force(docs, queries, hits):
 @pytest.mark.parametrize("hits", [1, 10, 200, 5000])
 def test_exact_equals_brute_force(tmp_path, monkeypatch, block, hits):
     monkeypatch.setattr(exact, "BLOCK", block)
-    for kernel in ("_invert", "_search_block_wise"):  # constants are compiled in: run the kernels as plain Python
+    for kernel in ("_invert", "_search_block_wise", "keep_best"):  # constants are compiled in: run as plain Python
         monkeypatch.setattr(exact, kernel, getattr(exact, kernel).py_func)
     docs, queries = vectors(300, 0, "d"), vectors(6, 1, "q", density=0.1)
     index = engines.build(docs, "exact", tmp_path / "i")
@@ -46,6 +47,16 @@ def test_compiled_kernels_equal_brute_force(tmp_path, scale):
     index = engines.build(docs, "exact", tmp_path / "i")
     for hits in (3, 1000):
         assert dict(index.search(queries, hits, threads=2)) == brute_force(docs, queries, hits)
+
+
+def test_keep_best_equals_sort():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 3, 10, 500):
+        for hits in (1, 2, n - 1, n, n + 5):
+            keys = rng.permutation(10 * n)[:n].astype(np.int64)
+            expected = np.sort(keys)[::-1][:hits]
+            assert keep_best(keys, n, hits) == len(expected)
+            np.testing.assert_array_equal(np.sort(keys[:hits])[::-1], expected)
 
 
 def test_only_documents_that_share_a_term_are_found(tmp_path):
@@ -109,3 +120,66 @@ def test_mismatches_are_refused(tmp_path):
     with pytest.raises(InputError, match="vectors of docs are needed"):
         engines.build(tmp_path / "q", "exact", tmp_path / "j")
     assert not (tmp_path / "j").exists()
+
+
+@pytest.fixture
+def java():
+    try:
+        anserini.find_java(), anserini.find_jar()
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_anserini_equals_exact(tmp_path, java):
+    """Scale 3 gives many ties; a blank text of either side must not disappear."""
+    docs, queries = vectors(400, 8, "d", scale=3, side="docs"), vectors(20, 9, "q", density=0.05, scale=3)
+    one = engines.build(docs, "anserini", tmp_path / "a")
+    other = engines.build(docs, "exact", tmp_path / "e")
+    assert engines.open_index(tmp_path / "a").engine == "anserini"
+    for hits in (7, 1000):
+        found = one.search(queries, hits, threads=2)
+        assert dict(found) == dict(other.search(queries, hits)) == brute_force(docs, queries, hits)
+        assert list(found) == queries.ids and found.seconds > 0
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_java_must_be_new_enough(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    java = script(tmp_path / "bin" / "java", "echo 'openjdk version \"17.0.1\" 2021' >&2")
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    monkeypatch.setattr(anserini.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(anserini.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match=r"Java 21 or newer \(.*version 17\); .*lexmae\[anserini\]"):
+        anserini.find_java()
+    script(java, "echo 'openjdk version \"22\" 2024' >&2")
+    assert anserini.find_java() == java
+
+
+def test_missing_jar(monkeypatch, tmp_path):
+    monkeypatch.setattr(anserini.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("ANSERINI_JAR", raising=False)
+    with pytest.raises(InputError, match=r'pip install "lexmae\[anserini\]"'):
+        anserini.find_jar()
+    monkeypatch.setenv("ANSERINI_JAR", str(tmp_path / "none.jar"))
+    with pytest.raises(InputError, match="names no file"):
+        anserini.find_jar()
+
+
+def test_failing_java_shows_its_last_lines(tmp_path):
+    java = script(tmp_path / "java", "echo first; echo 'Exception: disk is full' >&2; exit 3")
+    with pytest.raises(InputError, match="(?s)SearchCollection failed with exit code 3.*disk is full"):
+        anserini.run_java(java, tmp_path / "x.jar", "io.anserini.search.SearchCollection", [])
+
+
+def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(anserini, "find_jar", lambda: tmp_path / "x.jar")
+    monkeypatch.setattr(anserini, "find_java", lambda: script(tmp_path / "java", "echo indexed: 3; exit 0"))
+    with pytest.raises(InputError, match="indexed 3 of 20 documents"):
+        engines.build(vectors(20, 6, "d"), "anserini", tmp_path / "i")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["java"]

@@ -25,7 +25,7 @@ from lexmae.cli import progress
 from lexmae.data.corpus import Passage
 from lexmae.data.tokens import TokenTable
 from lexmae.errors import InputError
-from lexmae.retrieval.kernels import LIMIT, chunks, compiled, keep_best, unpack
+from lexmae.retrieval.kernels import LIMIT, chunks, compiled, keep_best, unpack, worst
 from lexmae.retrieval.runs import Run
 
 K1, B = 0.9, 0.4
@@ -93,7 +93,7 @@ class Bm25:
     """An index in memory over documents given as sequences of terms (strings, or token ids).
 
     The weight of term t in document d is ``idf(t) · tf / (tf + k1·(1 - b + b·|d| / mean))`` with
-    ``idf(t) = ln(1 + (D - df + 0.5) / (df + 0.5))``; like Lucene, |d| above 40 terms is kept to four significant bits.
+    ``idf(t) = ln(1 + (D - df + 0.5) / (df + 0.5))``; like Lucene, |d| is rounded (``lucene_length``).
 
     Attributes:
         ids: the documents' ids, sorted.
@@ -170,7 +170,7 @@ class Bm25:
             counts.append(len(flat))
         hits, bounds = min(hits, len(self.ids)), chunks(len(names), threads)
         offsets, terms = np.array(counts, np.int64), np.array(flat, np.int64)
-        self._search(offsets, terms, 0, min(1, len(names)), hits)  # loads or compiles the kernel before the clock starts
+        self._search(offsets, terms, 0, min(1, len(names)), hits)  # compiles before the clock starts
         run, started = Run(self.ids), time.perf_counter()
         with ThreadPoolExecutor(threads) as pool, progress(total=len(names), desc="search", unit="query") as bar:
             jobs = [pool.submit(self._search, offsets, terms, first, last, hits) for first, last in bounds]
@@ -199,7 +199,7 @@ def token_rows(table: TokenTable, special: Sequence[int]) -> Iterator[tuple[str,
 
 
 def lucene_length(lengths: np.ndarray) -> np.ndarray:
-    """Document lengths as Lucene keeps them in one byte: exact to 24, above that 24 plus four significant bits."""
+    """Document lengths as Lucene keeps them in one byte: exact to 40; above 24, the excess to four significant bits."""
     above = np.maximum(np.asarray(lengths, np.int64) - 24, 0)
     shift = np.maximum(np.frexp(above)[1] - 4, 0)
     return np.minimum(lengths, 24) + ((above >> shift) << shift)
@@ -228,9 +228,9 @@ def _search_terms(starts, documents, weights, n_documents, offsets, terms, first
                 found += 1
                 if found == room:
                     found = keep_best(keys, found, hits)
-                    bits[0] = keys[:hits].min() >> 31
+                    bits[0] = worst(keys, hits)
                     floor = np.float64(single[0])
-        found = keep_best(keys, found, hits)
-        out_keys[query - first, :found] = keys[:found]
-        out_counts[query - first] = found
-        sums[:] = 0
+            sums[document] = 0
+        out_counts[query - first] = keep_best(keys, found, hits)
+        for i in range(out_counts[query - first]):
+            out_keys[query - first, i] = keys[i]

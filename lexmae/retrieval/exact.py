@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from lexmae import artifact
 from lexmae.cli import progress
-from lexmae.retrieval.kernels import LIMIT, chunks, compiled, keep_best, unpack
+from lexmae.retrieval.kernels import LIMIT, chunks, compiled, keep_best, unpack, worst
 from lexmae.retrieval.runs import Run
 from lexmae.retrieval.vectors import Csr, SparseVectors, read_vocabulary, write_vocabulary
 
@@ -190,8 +190,9 @@ def _search_block_wise(starts, documents, weights, n_documents, q_indptr, q_term
                             found += 1
                     if found > room - _STRIDE:
                         found = keep_best(keys, found, hits)
-                        floor = np.int32(keys[:hits].min() >> 31)
-            scores[:size] = 0
-        found = keep_best(keys, found, hits)
-        out_keys[query - first, :found] = keys[:found]
-        out_counts[query - first] = found
+                        floor = worst(keys, hits)
+            for d in range(size):
+                scores[d] = 0
+        out_counts[query - first] = keep_best(keys, found, hits)
+        for i in range(out_counts[query - first]):
+            out_keys[query - first, i] = keys[i]

@@ -2,6 +2,7 @@
 
 A hit is kept as one integer key, ``score · 2³¹ + (2³¹ - 1 - document)`` with a score of at most 31 bits: keys are
 unique, and the larger key is the better hit, equal scores included (the lower document number comes first).
+The kernels are written as plain loops: slices and array functions take numba seconds to compile.
 """
 
 from __future__ import annotations
@@ -24,11 +25,39 @@ def compiled(function: Callable) -> Callable:
 
 @compiled
 def keep_best(keys, found, hits):
-    """Move the ``hits`` largest of the first ``found`` keys to the front; returns how many were kept."""
-    if found <= hits:
-        return found
-    keys[:hits] = np.partition(keys[:found], found - hits)[found - hits:]
-    return hits
+    """Move the ``hits`` largest of the first ``found`` keys to the front, in no order; returns how many were kept.
+
+    Hoare's selection; numba's own ``np.partition`` is faster but takes several seconds to compile.
+    """
+    low, high = 0, found - 1
+    while hits < found and low < high:
+        pivot = keys[(low + high) // 2]
+        i, j = low, high
+        while i <= j:
+            while keys[i] > pivot:
+                i += 1
+            while keys[j] < pivot:
+                j -= 1
+            if i <= j:
+                keys[i], keys[j] = keys[j], keys[i]
+                i += 1
+                j -= 1
+        if hits - 1 <= j:
+            high = j
+        elif hits - 1 >= i:
+            low = i
+        else:
+            break
+    return min(found, hits)
+
+
+@compiled
+def worst(keys, hits):
+    """The lowest score among the first ``hits`` keys."""
+    lowest = keys[0]
+    for i in range(1, hits):
+        lowest = min(lowest, keys[i])
+    return np.int32(lowest >> 31)
 
 
 def unpack(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -106,16 +106,19 @@ class Run(Mapping[str, list[tuple[str, float]]]):
 
     def cut(self, depth: int) -> Run:
         """The first ``depth`` documents of every query, sharing the arrays."""
-        run = Run(self._documents)
-        run._rankings = {query: (rows[:depth], scores[:depth]) for query, (rows, scores) in self._rankings.items()}
-        return run
+        return self._with({query: (rows[:depth], scores[:depth]) for query, (rows, scores) in self._rankings.items()})
 
     def without_self(self) -> Run:
         """The same rankings without the document that bears the query's own id."""
-        run = Run(self._documents)
+        rankings = {}
         for query, (rows, scores) in self._rankings.items():
             keep = np.array([self._documents[i] != query for i in rows.tolist()], dtype=bool)
-            run._rankings[query] = (rows, scores) if keep.all() else (rows[keep], scores[keep])
+            rankings[query] = (rows, scores) if keep.all() else (rows[keep], scores[keep])
+        return self._with(rankings)
+
+    def _with(self, rankings: dict[str, tuple[np.ndarray, np.ndarray]]) -> Run:
+        run = Run(self._documents)
+        run._rankings, run.seconds = rankings, self.seconds
         return run
 
 

@@ -1,0 +1,109 @@
+"""The commands from vectors to figures, run as a user runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lexmae.data.corpus import write_qrels
+from lexmae.errors import InputError
+from lexmae.retrieval.runs import read_run, write_run
+from lexmae.retrieval.vectors import SparseVectors, quantise
+
+TOOLS = Path(__file__).parents[1] / "tools"
+VOCABULARY = [f"tok{i}" for i in range(12)]
+
+
+def command(name, *arguments):
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Document d<i> is about term i; the queries ask for terms 3 and 5, and one of them is a document itself."""
+    dense = np.eye(12) * 2 + 0.1
+    docs, queries = quantise(dense, 0), quantise(np.eye(12)[[3, 5]], 0)
+    SparseVectors([f"d{i}" for i in range(12)], *docs, VOCABULARY, {"side": "docs"}).save(tmp_path / "docs")
+    SparseVectors(["q3", "d5"], *queries, VOCABULARY, {"side": "queries"}).save(tmp_path / "q")
+    write_qrels(tmp_path / "qrels.tsv", {"q3": {"d3": 1}, "d5": {"d0": 1}, "lost": {"d1": 1}})
+    command("index", "--vectors", tmp_path / "docs", "--output", tmp_path / "i")
+    return tmp_path
+
+
+def test_search(work, capsys):
+    command("search", "--index", work / "i", "--queries", work / "q", "--hits", 3, "--output", work / "r",
+            "--json", work / "r.json", "--threads", 1)
+    assert dict(read_run(work / "r")) == {"q3": [("d3", 21000), ("d0", 1000), ("d1", 1000)],
+                                          "d5": [("d5", 21000), ("d0", 1000), ("d1", 1000)]}
+    figures = json.loads((work / "r.json").read_text())
+    assert figures["engine"] == "exact" and figures["queries_per_second"] > 0 and figures["without_results"] == 0
+    assert "queries/s on 1 threads (exact)" in capsys.readouterr().err
+    with pytest.raises(InputError, match="already exists"):
+        command("search", "--index", work / "i", "--queries", work / "q", "--output", work / "r")
+
+
+def test_search_leaves_out_the_query_itself(work):
+    command("search", "--index", work / "i", "--queries", work / "q", "--hits", 3, "--output", work / "r",
+            "--exclude-self")
+    assert read_run(work / "r").documents("d5") == ["d0", "d1", "d10"]
+    assert len(read_run(work / "r").documents("q3")) == 3
+
+
+def test_search_with_documents_as_queries_is_refused(work):
+    with pytest.raises(InputError, match="vectors of queries are needed"):
+        command("search", "--index", work / "i", "--queries", work / "docs", "--output", work / "r")
+
+
+def test_evaluate(work, capsys):
+    command("search", "--index", work / "i", "--queries", work / "q", "--hits", 3, "--output", work / "r")
+    write_run(work / "other", {"q3": [("d0", 2), ("d3", 1)], "unjudged": [("d0", 1)]})
+    command("evaluate", "--run", work / "r", "--qrels", work / "qrels.tsv", "--compare", work / "other",
+            "--json", work / "m.json", "--docs", work / "docs", "--queries", work / "q", "--per-query")
+    printed = capsys.readouterr().out
+    assert f"{work / 'r'}: 3 judged queries, 1 of them without results" in printed
+    assert "2 of them without results; 1 queries of the run have no judgements and are left out" in printed
+    figures = json.loads((work / "m.json").read_text())
+    assert figures["means"]["MRR@10"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert figures["compare"]["means"]["MRR@10"] == pytest.approx(1 / 6)
+    assert figures["per_query"]["lost"]["MRR@10"] == 0 and (figures["judged"], figures["without_results"]) == (3, 1)
+    assert figures["sparsity"] == pytest.approx({"docs mean active": 12, "queries mean active": 1, "FLOPS": 1})
+    lines = [line for line in printed.splitlines() if line.startswith(("MRR@10", "Recall@1000"))]
+    assert len({len(line) for line in lines}) == 1  # columns are aligned
+
+
+def test_evaluate_refuses_a_run_of_other_queries(work):
+    write_run(work / "r", {"else": [("d0", 1)]})
+    with pytest.raises(InputError, match="none of the queries"):
+        command("evaluate", "--run", work / "r", "--qrels", work / "qrels.tsv")
+    with pytest.raises(InputError, match="goes with --docs"):
+        command("evaluate", "--run", work / "r", "--qrels", work / "qrels.tsv", "--queries", work / "q")
+
+
+def test_export(work, capsys):
+    command("export", "--vectors", work / "docs", "--format", "anserini", "--output", work / "x", "--file-size", 5)
+    assert len(list((work / "x").glob("docs-*.jsonl"))) == 3
+    assert "12 docs in docs-00000.jsonl" in capsys.readouterr().err
+
+
+def test_errors_are_one_line_and_exit_code_2(work):
+    (work / "bad").write_text("q Q0 d 1 high t\n")
+    done = subprocess.run([sys.executable, TOOLS / "evaluate.py", "--run", work / "bad", "--qrels", work / "qrels.tsv"],
+                          capture_output=True, text=True, cwd=TOOLS.parent, env={"PYTHONPATH": str(TOOLS.parent)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {work / 'bad'}:1: the score 'high' is not a finite number\n"
+
+
+@pytest.mark.parametrize("name", ["index", "search", "evaluate", "export", "mine"])
+def test_help_shows_defaults(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(name, "--help")
+    assert stop.value.code == 0 and "(default: " in capsys.readouterr().out
