@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lexmae.errors import InputError
+from lexmae.model import backbone
 from lexmae.model.encoder import SparseEncoder, save_masked_lm, structural_tokens
 
 ALL = sorted(SIZES)
@@ -116,11 +117,31 @@ def test_tied_weights_are_stored_once(tmp_path):
     assert not (tmp_path / "modules.json").exists()
 
 
-def test_gathered_weights_replace_the_models_own(tmp_path):
-    lm, other = tiny("bert", seed=1), tiny("bert", seed=2)
-    save_masked_lm(lm, tmp_path, state_dict=other.state_dict())
+@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("tied", ["shared", "copied", "left out"])
+def test_gathered_weights_replace_the_models_own(architecture, tied, tmp_path, tokenizer_dir):
+    """As under ZeRO-3: the model's own parameters are empty, and what was gathered may or may not share memory."""
+    lm, other = tiny(architecture, seed=1), tiny(architecture, seed=2)
+    state = other.state_dict()
+    if tied == "copied":
+        state = {name: value.clone() for name, value in state.items()}
+    elif tied == "left out":
+        state = {name: value.detach().clone() for name, value in other.named_parameters()}
+    for parameter in lm.parameters():
+        parameter.data = torch.empty(0)
+    names = list(state)
+    save_masked_lm(lm, tmp_path, tokenizer_dir, state)
+    assert list(state) == names
     loaded, inputs = SparseEncoder.load(tmp_path).eval(), batch()
     torch.testing.assert_close(loaded(**inputs), SparseEncoder(other).eval()(**inputs), rtol=0, atol=0)
+    assert backbone.output_matrix(loaded.lm)[0] is backbone.word_embeddings(loaded.lm)
+
+
+def test_config_names_the_type_of_the_gathered_weights(tmp_path):
+    state = {name: value.clone() for name, value in tiny("bert").state_dict().items()}
+    save_masked_lm(tiny("bert").bfloat16(), tmp_path, state_dict=state)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path).dtype == torch.float32
 
 
 def test_sentence_transformers_files(tmp_path, tokenizer_dir):

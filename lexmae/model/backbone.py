@@ -10,7 +10,8 @@ Shapes: B sequences, L tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from lexmae.errors import InputError
 
@@ -83,7 +85,8 @@ def load_masked_lm(init: str, **kw: Any) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(init)
         _check_family(config.model_type, init)
-        lm = AutoModelForMaskedLM.from_pretrained(init, config=config, **{"dtype": torch.float32, **kw})
+        with quiet() if folder.is_dir() else nullcontext():  # a download keeps its progress bar
+            lm = AutoModelForMaskedLM.from_pretrained(init, config=config, **{"dtype": torch.float32, **kw})
     except InputError:
         raise
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
@@ -123,6 +126,18 @@ def size_keys(architecture: str) -> list[str]:
     names = {f.name for f in fields(cls)} - {f.name for f in fields(PreTrainedConfig)}
     names |= {alias for alias, name in cls.attribute_map.items() if name in names}
     return sorted(n for n in names if not n.endswith("_token_id") and n != "vocab_size")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars transformers shows for reading and writing weights on disk."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _special_ids(special: Mapping[str, int], vocab_size: int) -> dict[str, int]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lexmae.model.head import choose_implementation, matmul_dtype, without_autocast
 
-CHUNK = {"cpu": 2**20, "cuda": 2**27}
-"""Logits (rows times vocabulary) of one chunk: 4 MiB of float32 for a CPU's cache, large products for a GPU."""
+ROWS = {"cpu": 256, "cuda": 4096}
+"""Rows of a chunk: few for a CPU's cache, many for a GPU, enough to pay for adding up the matrix's gradient."""
 
 
 def cross_entropy_sum(
@@ -58,7 +58,7 @@ class _ChunkedLoss(torch.autograd.Function):
             gradients = [rows.new_zeros(shape, dtype=real) for shape in shapes]
         low, matrix = rows.to(dtype), weight.to(dtype)
         offset = None if bias is None else bias.to(real)
-        size = max(1, CHUNK["cpu" if rows.device.type == "cpu" else "cuda"] // weight.shape[0])
+        size = ROWS["cpu" if rows.device.type == "cpu" else "cuda"]
         for start in range(0, rows.shape[0], size):
             chunk = slice(start, start + size)
             logits = (low[chunk] @ matrix.t()).to(real)  # [C, V]
