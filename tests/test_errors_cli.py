@@ -1,0 +1,109 @@
+"""One-line errors, exit codes, and what a parser shows."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from lexmae import cli
+from lexmae.errors import InputError
+
+
+def outcome(main, capsys, argv=None) -> tuple[int, list[str]]:
+    """Exit code and lines on stderr of a command."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, argv)
+    return stop.value.code, capsys.readouterr().err.splitlines()
+
+
+def failing(error: BaseException):
+    """A command that raises."""
+    def main(argv):
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error, text", [
+    (InputError("is odd"), "is odd"),
+    (InputError("is odd", "folder/file.tsv"), "folder/file.tsv: is odd"),
+    (InputError("is odd", "folder/file.tsv", 7), "folder/file.tsv:7: is odd"),
+    (InputError("is odd", "file.tsv", 0), "file.tsv:0: is odd"),
+])
+def test_an_input_error_is_one_line_and_exit_code_2(error, text, capsys):
+    assert str(error) == text
+    assert outcome(failing(error), capsys) == (2, [f"error: {text}"])
+
+
+def test_a_missing_file_is_named_in_one_line(tmp_path, capsys):
+    def main(argv):
+        open(tmp_path / "absent.txt")
+
+    code, lines = outcome(main, capsys)
+    assert code == 2 and lines == [f"error: {tmp_path / 'absent.txt'}: No such file or directory"]
+
+
+def test_other_ranks_fail_in_silence(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    assert outcome(failing(InputError("is odd")), capsys) == (2, [])
+    cli.say("nothing")
+    assert capsys.readouterr().err == ""
+    assert cli.progress(range(3)).disable
+
+
+def test_main_gets_the_arguments_and_gives_the_exit_code(capsys):
+    seen = []
+    assert outcome(seen.append, capsys, ["--x"]) == (0, [])
+    assert seen == [["--x"]]
+    assert outcome(lambda argv: 5, capsys) == (5, [])
+
+
+def test_interruption_has_the_shells_code(capsys):
+    assert outcome(failing(KeyboardInterrupt()), capsys) == (130, ["interrupted"])
+
+
+def test_a_fault_of_the_program_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda argv: 1 // 0)
+
+
+def test_an_error_survives_another_process():
+    error = pickle.loads(pickle.dumps(InputError("is odd", "a.tsv", 3)))
+    assert (str(error), error.reason, error.path, error.line) == ("a.tsv:3: is odd", "is odd", "a.tsv", 3)
+
+
+def test_help_shows_defaults_and_keeps_the_layout():
+    parser = cli.make_parser("First line.\n\n  an indented example\n")
+    parser.add_argument("--depth", type=int, default=512, help="how deep")
+    parser.add_argument("--none", help="nothing by default")
+    parser.add_argument("--flag", action="store_true", help="a switch")
+    parser.add_argument("--needed", required=True, help="always given")
+    text = parser.format_help()
+    assert "how deep (default: 512)" in text and "\n  an indented example\n" in text
+    assert text.count("(default:") == 1
+
+
+def test_options_are_not_abbreviated(capsys):
+    parser = cli.make_parser(None)
+    parser.add_argument("--depth")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--dep", "3"])
+    assert stop.value.code == 2
+
+
+def test_progress_gives_every_item_and_counts(capsys):
+    assert list(cli.progress(iter("abc"), total=3, desc="items")) == ["a", "b", "c"]
+    assert "items" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error_message():
+    program = ("from lexmae import cli\n"
+               "def main(argv):\n    for i in range(200000): print(i)\n"
+               "cli.run(main)")
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
