@@ -163,7 +163,9 @@ class OptimizationConfig:
         _require(self.epochs > 0, "epochs: must be positive")
         _require(self.steps is None or self.steps >= 1, "steps: at least 1 is needed")
         _require(0 <= self.warmup <= 1, "warmup: a share of the steps between 0 and 1 is needed")
-        _require(self.clip >= 0 and self.weight_decay >= 0, "clip and weight_decay: cannot be negative")
+        _require(self.clip >= 0, "clip: cannot be negative")
+        _require(self.weight_decay >= 0, "weight_decay: cannot be negative")
+        _require(self.seed >= 0, "seed: cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,8 @@ class LoggingConfig:
     keep: int = 2
 
     def __post_init__(self):
-        _require(self.every >= 1 and self.keep >= 1, "every and keep: at least 1 is needed")
+        _require(self.every >= 1, "every: at least 1 is needed")
+        _require(self.keep >= 1, "keep: at least 1 is needed")
         _require(self.checkpoint_every >= 0, "checkpoint_every: cannot be negative")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -90,16 +91,12 @@ def _parse_value(override: str, text: str) -> Any:
 
 def _assign(values: Any, keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
-        if isinstance(values, list):
-            values = values[_position(values, key, keys)]
-            continue
-        if not isinstance(values.get(key), (dict, list)):
-            values[key] = {}
-        values = values[key]
-    if isinstance(values, list):
-        values[_position(values, keys[-1], keys)] = value
-    else:
-        values[keys[-1]] = value
+        at = _position(values, key, keys) if isinstance(values, list) else key
+        inner = values[at] if isinstance(values, list) else values.get(at)
+        if not isinstance(inner, (dict, list)):
+            inner = values[at] = {}
+        values = inner
+    values[_position(values, keys[-1], keys) if isinstance(values, list) else keys[-1]] = value
 
 
 def _position(values: list, key: str, keys: list[str]) -> int:
@@ -161,9 +158,10 @@ def _convert(hint: Any, value: Any, where: tuple, path: Path, lines: Mapping, fa
 def _scalar(hint: type, value: Any, where: tuple, fail) -> Any:
     if hint is float:
         try:
-            return float(value) if not isinstance(value, bool) else fail("a number is needed", where)
-        except (TypeError, ValueError):
-            fail(f"a number is needed, not {value!r}", where)
+            number = float(value) if not isinstance(value, bool) else math.nan
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        return number if math.isfinite(number) else fail(f"a number is needed, not {value!r}", where)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if type(value) is not hint:
