@@ -1,0 +1,117 @@
+"""The defaults are the paper's (SPEC §1, §3), and a value out of range is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lexmae import config as c
+from lexmae.errors import InputError
+
+
+def test_pretraining_defaults_are_the_papers():
+    recipe = c.PretrainRecipe(data="d", output="o")
+    assert recipe.model.init == "bert-base-uncased"
+    assert (recipe.masking.encoder, recipe.masking.decoder) == (0.30, 0.50)
+    assert (recipe.masking.decoder_strategy, recipe.masking.whole_word) == ("inclusive", False)
+    assert (recipe.bottleneck.source, recipe.bottleneck.decoder_layers) == ("logits", 2)
+    assert recipe.bottleneck.encoder_weight == recipe.bottleneck.decoder_weight == 1
+    found = recipe.optimization
+    assert (found.batch, found.lr, found.weight_decay, found.warmup) == (2048, 3e-4, 0.01, 0.05)
+    assert (found.epochs, found.steps, found.clip, found.seed) == (20, None, 0, 42)
+    assert "fp16" in recipe.deepspeed
+
+
+def test_fine_tuning_defaults_are_those_of_stage_1():
+    recipe = c.FinetuneRecipe(data="d", output="o")
+    found = recipe.optimization
+    assert (found.lr, found.batch, found.epochs, found.clip, found.seed) == (2e-5, 24, 3, 1, 42)
+    assert (found.weight_decay, found.warmup) == (0.01, 0.05)
+    assert (recipe.negatives.per_query, recipe.negatives.depth) == (15, 1000)
+    assert (recipe.loss.lambda_docs, recipe.loss.temperature, recipe.loss.lambda_ramp) == (0.002, 1, 0)
+    assert recipe.loss.query_weight == pytest.approx(0.0015)
+
+
+def test_cycle_defaults():
+    assert dataclasses.astuple(c.PrepareConfig(tokenizer="t"))[2:] == (144, 32)
+    evaluation = c.EvaluationConfig()
+    assert (evaluation.hits, evaluation.top_k_docs, evaluation.top_k_queries) == (1000, None, None)
+    assert c.StageConfig("s", "r").mine_depth == 512
+
+
+def test_the_weight_of_queries_may_be_given_and_may_be_zero():
+    assert c.LossConfig(lambda_docs=0.008).query_weight == pytest.approx(0.006)
+    assert c.LossConfig(lambda_docs=0.008, lambda_queries=0.0).query_weight == 0
+    assert c.LossConfig(lambda_docs=0.008, lambda_queries=0.01).query_weight == 0.01
+
+
+@pytest.mark.parametrize("kind, values, named", [
+    (c.ModelConfig, {"architecture": "gpt"}, "architecture"),
+    (c.ModelConfig, {"init": "bert-base-uncased", "size": {"hidden_size": 8}}, "size"),
+    (c.MaskingConfig, {"encoder": 0.0}, "encoder"),
+    (c.MaskingConfig, {"encoder": 1.0}, "encoder"),
+    (c.MaskingConfig, {"decoder": 1.0}, "decoder"),
+    (c.MaskingConfig, {"decoder": 0.2}, "decoder"),
+    (c.MaskingConfig, {"decoder": 0.8, "decoder_strategy": "exclusive"}, "decoder"),
+    (c.MaskingConfig, {"decoder_strategy": "both"}, "decoder_strategy"),
+    (c.BottleneckConfig, {"source": "mean"}, "source"),
+    (c.BottleneckConfig, {"decoder_layers": 0}, "decoder_layers"),
+    (c.LossConfig, {"lambda_docs": -0.1}, "lambda_docs"),
+    (c.LossConfig, {"lambda_queries": -0.1}, "lambda_queries"),
+    (c.LossConfig, {"lambda_ramp": 1.5}, "lambda_ramp"),
+    (c.LossConfig, {"temperature": 0.0}, "temperature"),
+    (c.NegativesConfig, {"per_query": -1}, "per_query"),
+    (c.NegativesConfig, {"depth": 0}, "depth"),
+    (c.OptimizationConfig, {"lr": 0.0}, "lr"),
+    (c.OptimizationConfig, {"batch": 0}, "batch"),
+    (c.OptimizationConfig, {"micro_batch": 0}, "micro_batch"),
+    (c.OptimizationConfig, {"epochs": 0.0}, "epochs"),
+    (c.OptimizationConfig, {"steps": 0}, "steps"),
+    (c.OptimizationConfig, {"warmup": 1.1}, "warmup"),
+    (c.OptimizationConfig, {"clip": -1.0}, "clip"),
+    (c.OptimizationConfig, {"weight_decay": -0.1}, "weight_decay"),
+    (c.OptimizationConfig, {"seed": -1}, "seed"),
+    (c.LoggingConfig, {"every": 0}, "every"),
+    (c.LoggingConfig, {"keep": 0}, "keep"),
+    (c.LoggingConfig, {"checkpoint_every": -1}, "checkpoint_every"),
+    (c.PrepareConfig, {}, "tokenizer"),
+    (c.PrepareConfig, {"tokenizer": "t", "train_tokenizer": 300}, "tokenizer"),
+])
+def test_a_value_out_of_range_is_refused(kind, values, named):
+    with pytest.raises(InputError, match=named):
+        kind(**values)
+
+
+@pytest.mark.parametrize("values", [
+    {"encoder": 0.3, "decoder": 0.3},
+    {"encoder": 0.3, "decoder": 0.7, "decoder_strategy": "exclusive"},
+    {"encoder": 0.8, "decoder": 0.2, "decoder_strategy": "random"},
+])
+def test_the_ends_of_the_ranges_of_masks_are_open_to_use(values):
+    c.MaskingConfig(**values)
+
+
+def test_recipes_cannot_be_changed_afterwards():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.PretrainRecipe(data="d", output="o").data = "e"
+
+
+def pipeline(*stages: c.StageConfig, **options) -> c.PipelineRecipe:
+    """A pipeline recipe of these stages."""
+    return c.PipelineRecipe("builtin", "work", c.PrepareConfig(train_tokenizer=300), stages=stages, **options)
+
+
+def test_a_stage_starts_from_an_earlier_step():
+    pipeline(c.StageConfig("one", "r"), c.StageConfig("two", "r", init="one"))
+    pipeline(c.StageConfig("one", "r"), pretrain=None)
+    with pytest.raises(InputError, match="two starts from 'three'"):
+        pipeline(c.StageConfig("two", "r", init="three"), c.StageConfig("three", "r"))
+    with pytest.raises(InputError, match="starts from 'one'"):
+        pipeline(c.StageConfig("one", "r", init="one"))
+
+
+@pytest.mark.parametrize("name", ["one", "pretrain", "bm25"])
+def test_names_of_steps_are_taken_once(name):
+    with pytest.raises(InputError, match=f"the name '{name}' is taken"):
+        pipeline(c.StageConfig("one", "r"), c.StageConfig(name, "r"))
