@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lexmae.errors import InputError
-from lexmae.retrieval import anserini, engines, exact
+from lexmae.retrieval import anserini, engines, exact, kernels
 from lexmae.retrieval.kernels import keep_best
 from lexmae.retrieval.vectors import Csr, SparseVectors, quantise
 
@@ -57,6 +57,18 @@ def test_keep_best_equals_sort():
             expected = np.sort(keys)[::-1][:hits]
             assert keep_best(keys, n, hits) == len(expected)
             np.testing.assert_array_equal(np.sort(keys[:hits])[::-1], expected)
+
+
+def test_kernels_compile_without_a_cache_folder(monkeypatch):
+    real = kernels.numba.njit
+
+    def no_folder(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(kernels.numba, "njit", no_folder)
+    assert kernels.compiled(lambda x: x + 1)(2) == 3
 
 
 def test_only_documents_that_share_a_term_are_found(tmp_path):

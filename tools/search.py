@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from lexmae import cli
+from lexmae.errors import InputError
 from lexmae.retrieval import engines, reports
 from lexmae.retrieval.runs import DEFAULT_TAG, write_run
 from lexmae.retrieval.vectors import SparseVectors
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures, replacing an older file")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished run")
     options = parser.parse_args(argv)
+    if min(options.hits, options.threads) < 1:
+        raise InputError("--hits and --threads must be at least 1")
     reports.refuse_existing(options.output, overwrite=options.overwrite)
     index = engines.open_index(options.index)
     queries = SparseVectors.open(options.queries, side="queries")

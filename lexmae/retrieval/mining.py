@@ -97,11 +97,11 @@ def bm25_run(source: str | Path, split: str, hits: int, threads: int = 1, tokens
 
     Args:
         source: a BEIR or MS MARCO folder, a dataset name, or shards. Shards hold no text: their token ids are the
-            terms, without stems and stop words, which ranks somewhat worse.
+            terms, without stems and stop words, which ranks clearly worse.
         tokens: ``standard``, ``names`` or ``auto`` (see ``bm25``); without effect on shards.
     """
     if artifact.exists(source) and artifact.read(source).kind == "shards":
-        say(f"{source}: shards hold no text, so BM25 takes their token ids as terms; over the text it ranks better")
+        say(f"{source}: shards hold no text, so BM25 takes token ids as terms; the text itself ranks clearly better")
         shards = Shards.open(source)
         special = shards.special.structural
         index = Bm25.of_tokens(shards.docs, special)

@@ -34,7 +34,7 @@ class Run(Mapping[str, list[tuple[str, float]]]):
     seconds: float | None = None
 
     def __init__(self, documents: list[str] | None = None):
-        """``documents``: ids that ``add`` refers to by number; others are appended to a copy as they come."""
+        """``documents``: the ids that ``add`` refers to by number."""
         self._documents = documents if documents is not None else []
         self._rankings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -44,9 +44,12 @@ class Run(Mapping[str, list[tuple[str, float]]]):
         run, number = cls(), {}
         for query, pairs in rankings.items():
             pairs = list(pairs)
-            rows = [number.setdefault(name, len(number)) for name, _ in pairs]
-            run._documents = list(number) if len(number) != len(run._documents) else run._documents
-            run.add(query, np.array(rows, np.int32), np.array([score for _, score in pairs], np.float64))
+            for name, _ in pairs:
+                if name not in number:
+                    number[name] = len(number)
+                    run._documents.append(name)
+            run.add(query, np.array([number[name] for name, _ in pairs], np.int32),
+                    np.array([score for _, score in pairs], np.float64))
         return run
 
     def add(self, query: str, rows: np.ndarray, scores: np.ndarray, *, ordered: bool = False) -> None:
