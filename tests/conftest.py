@@ -65,7 +65,7 @@ def beir_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards_dir(beir_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of the collection in files of 16 documents, with a WordPiece trained on it."""
     folder = tmp_path_factory.mktemp("shards") / "shards"
-    prepare(beir_dir, folder, train_tokenizer=220, max_length=MAX_LENGTH, query_length=QUERY_LENGTH, workers=1,
+    prepare(beir_dir, folder, train_tokenizer=140, max_length=MAX_LENGTH, query_length=QUERY_LENGTH, workers=1,
             shard_size=16)
     return folder
 
