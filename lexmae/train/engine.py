@@ -177,7 +177,8 @@ class Engine:
 
 
 def _is_split(parameter: torch.nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None
+    # The mapping is None on ranks that hold no part of the parameter; they take part in gathering it all the same.
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def on_rank_zero(action: Callable[[], Any]) -> None:

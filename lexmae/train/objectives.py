@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lexmae.config import BottleneckConfig, LossConfig
 from lexmae.data.batches import PretrainBatch, RankingBatch, TextBatch
@@ -89,9 +89,10 @@ class RankingModel(nn.Module):
     def _encode(self, text: TextBatch) -> torch.Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
             return self.encoder(**text.arguments())
-        # Reentrant: it recomputes under the engine's parameter gathering. It needs an input that requires a gradient.
-        trigger = torch.ones(1, device=text.input_ids.device, requires_grad=True)
-        return checkpoint(lambda _: self.encoder(**text.arguments()), trigger, use_reentrant=True)
+        # Not reentrant: each parameter then accumulates once, as ZeRO's reduction needs. Under ZeRO-3 a parameter has
+        # another shape while it is split, and its hooks must see whole forward passes.
+        with set_checkpoint_early_stop(False):
+            return checkpoint(self.encoder, **text.arguments(), use_reentrant=False, determinism_check="none")
 
 
 class RankingObjective:
