@@ -71,7 +71,19 @@ def read(path: Path) -> dict[str, Any]:
     for key, owner in _RECIPE_KEYS.items():
         if key in config:
             raise InputError(f"sets {key}, which the recipe owns ({owner})", path)
+    _check_sections(config, path)
     return config
+
+
+def _check_sections(config: dict[str, Any], path: Path) -> None:
+    """Refuse a precision or ZeRO stage that cannot be told."""
+    for name in ("fp16", "bf16"):
+        section = config.get(name, {})
+        if not isinstance(section, dict) or not isinstance(section.get("enabled", False), bool):
+            raise InputError(f'{name}: an object with "enabled" true or false is needed', path)
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise InputError('zero_optimization: an object with "stage" 0, 1, 2 or 3 is needed', path)
 
 
 def compose(path: Path, optimization: OptimizationConfig, world: int, *, accumulate: bool) -> Hardware:
@@ -92,7 +104,7 @@ def compose(path: Path, optimization: OptimizationConfig, world: int, *, accumul
         raise InputError(f"optimization.batch {batch} cannot be shared evenly by {world} ranks")
     share = batch // world
     micro = optimization.micro_batch or config.get(_MICRO)
-    if micro is not None and not (isinstance(micro, int) and micro > 0):
+    if micro is not None and not (type(micro) is int and micro > 0):
         raise InputError(f"{_MICRO}: a positive whole number is needed, not {micro!r}", path)
     if accumulate:
         micro = min(micro or share, share)
