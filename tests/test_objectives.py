@@ -1,0 +1,263 @@
+"""Objectives: the sum over micro-batches is the loss of the step; chunks and recomputation change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import STRUCTURAL, batch, masked, tiny
+from torch import nn
+
+from lexmae.config import BottleneckConfig, LossConfig
+from lexmae.data.batches import PretrainBatch, RankingBatch, TextBatch
+from lexmae.data.masking import IGNORE
+from lexmae.model.encoder import SparseEncoder
+from lexmae.model.pretrainer import Pretrainer
+from lexmae.train.objectives import PretrainObjective, RankingModel, RankingObjective
+
+LENGTHS = (12, 9, 8, 7, 5, 4)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients by parameter, which are cleared."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
+    assert one.keys() == other.keys() and one
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def cut(values: torch.Tensor, rows: slice, length: int) -> torch.Tensor:
+    return values[rows, :length]
+
+
+# ----------------------------------------------------------------------------------------------- pre-training
+
+
+@pytest.fixture(scope="module")
+def whole() -> PretrainBatch:
+    """Six masked texts as one micro-batch."""
+    inputs = batch(3, LENGTHS)
+    enc_ids, enc_labels = masked(inputs, 1, 0.3)
+    dec_ids, dec_labels = masked(inputs, 2, 0.5)
+    return PretrainBatch(TextBatch(**{**inputs, "input_ids": enc_ids}), enc_labels, dec_ids, dec_labels,
+                         int((enc_labels != IGNORE).sum()), int((dec_labels != IGNORE).sum()))
+
+
+def pieces(whole: PretrainBatch, size: int) -> list[PretrainBatch]:
+    """The same texts in micro-batches, each padded to its own longest text."""
+    found = []
+    for start in range(0, len(LENGTHS), size):
+        rows, length = slice(start, start + size), LENGTHS[start]
+        text = TextBatch(**{name: cut(value, rows, length) for name, value in whole.text.arguments().items()})
+        labels = [cut(t, rows, length) for t in (whole.enc_labels, whole.dec_input_ids, whole.dec_labels)]
+        found.append(PretrainBatch(text, *labels, int((labels[0] != IGNORE).sum()), int((labels[2] != IGNORE).sum())))
+    return found
+
+
+def step(model, objective, micro_batches) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Metrics and gradients of one optimizer step on one rank."""
+    totals = [float(n) for n in objective.counts(micro_batches)]
+    sums: dict[str, float] = {}
+    for micro in objective.micro_batches(micro_batches):
+        loss, metrics = objective.loss(model, micro, totals, 0, 10)
+        loss.backward()
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+    return sums, gradients(model)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_pretraining_losses_of_micro_batches_sum_to_that_of_the_batch(whole, size):
+    model = Pretrainer(tiny(), 2)
+    objective = PretrainObjective(BottleneckConfig(encoder_weight=0.7, decoder_weight=1.3))
+    expected, expected_gradients = step(model, objective, [whole])
+    found, found_gradients = step(model, objective, pieces(whole, size))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert expected["loss"] == pytest.approx(0.7 * expected["loss_enc"] + 1.3 * expected["loss_dec"], rel=1e-5)
+    assert_same(found_gradients, expected_gradients)
+
+
+def test_the_encoders_loss_is_the_mean_over_all_masked_positions(whole):
+    lm = tiny()
+    metrics, _ = step(Pretrainer(lm, 2), PretrainObjective(BottleneckConfig()), pieces(whole, 2))
+    with torch.no_grad():
+        text = whole.text
+        logits = lm(input_ids=text.input_ids, attention_mask=text.attention_mask,
+                    token_type_ids=text.token_type_ids).logits
+        expected = F.cross_entropy(logits.flatten(0, 1), whole.enc_labels.flatten(), ignore_index=IGNORE)
+        chosen = whole.enc_labels != IGNORE
+        right = (logits.argmax(-1) == whole.enc_labels)[chosen].float().mean()
+    assert metrics["loss_enc"] == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["accuracy_enc"] == pytest.approx(right.item(), abs=1e-6)
+
+
+def test_two_ranks_with_unequal_counts_make_the_same_loss(whole):
+    """Ranks divide by the counts of all ranks, which the engine sums."""
+    model, objective = Pretrainer(tiny(), 2), PretrainObjective(BottleneckConfig())
+    expected, expected_gradients = step(model, objective, [whole])
+    ranks = [pieces(whole, 1)[:1], pieces(whole, 1)[1:]]
+    totals = [sum(values) for values in zip(*(objective.counts(rank) for rank in ranks), strict=True)]
+    assert totals == [whole.enc_count, whole.dec_count]
+    found = 0.0
+    for rank in ranks:
+        for micro in rank:
+            loss, _ = objective.loss(model, micro, [float(n) for n in totals], 0, 10)
+            loss.backward()
+            found += loss.item()
+    assert found == pytest.approx(expected["loss"], rel=1e-5)
+    assert_same(gradients(model), expected_gradients)
+
+
+def test_a_step_without_a_masked_position_has_no_loss(whole):
+    none = torch.full_like(whole.enc_labels, IGNORE)
+    empty = dataclasses.replace(whole, enc_labels=none, dec_labels=none, enc_count=0, dec_count=0)
+    metrics, found = step(Pretrainer(tiny(), 2), PretrainObjective(BottleneckConfig()), [empty])
+    assert metrics["loss"] == 0 and all(torch.isfinite(g).all() and not g.any() for g in found.values())
+
+
+def test_tokens_are_counted_with_and_without_padding(whole):
+    assert PretrainObjective(BottleneckConfig()).sizes(whole) == (sum(LENGTHS), len(LENGTHS) * 12)
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning
+
+N_DOCS = 3
+
+
+def text(seed: int, lengths: tuple[int, ...]) -> TextBatch:
+    return TextBatch(**batch(seed, lengths))
+
+
+@pytest.fixture(scope="module")
+def texts() -> tuple[TextBatch, TextBatch]:
+    """Two queries and their six documents."""
+    return text(11, (7, 5)), text(12, LENGTHS)
+
+
+EXCLUDE = torch.tensor([[0, 1], [4, 2]])
+ORDER = torch.tensor([3, 0, 5, 1, 4, 2])  # of the documents in the texts
+
+
+def ranking_batch(texts, chunk: int) -> RankingBatch:
+    queries, docs = texts
+    parts = [TextBatch(**{name: value[i:i + chunk, :LENGTHS[i]] for name, value in docs.arguments().items()})
+             for i in range(0, len(LENGTHS), chunk)]
+    return RankingBatch(queries, parts, ORDER, N_DOCS, EXCLUDE)
+
+
+def ranking_step(model, objective, data, at: int = 0, total: int = 10):
+    loss, metrics = objective.loss(model, data, [], at, total)
+    loss.backward()
+    return {name: value.item() for name, value in metrics.items()}, gradients(model)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 6])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_chunks_and_recomputation_change_nothing(texts, chunk, recompute):
+    encoder = SparseEncoder(tiny())
+    objective = RankingObjective(LossConfig(lambda_docs=0.1), lambda rows: rows, 1)
+    expected, expected_gradients = ranking_step(RankingModel(encoder), objective, ranking_batch(texts, 6))
+    model = RankingModel(encoder, recompute=recompute)
+    found, found_gradients = ranking_step(model, objective, ranking_batch(texts, chunk))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert_same(found_gradients, expected_gradients, atol=1e-5)
+
+
+def test_documents_come_in_the_batchs_order(texts):
+    encoder = SparseEncoder(tiny())
+    with torch.no_grad():
+        queries, docs = RankingModel(encoder, recompute=True)(ranking_batch(texts, 2))
+        expected = encoder(**texts[1].arguments())[ORDER]
+        torch.testing.assert_close(queries, encoder(**texts[0].arguments()))
+    torch.testing.assert_close(docs, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_recomputation_repeats_dropout(texts):
+    lm = tiny(hidden_dropout_prob=0.3).train()
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(5)
+        model = RankingModel(SparseEncoder(lm), recompute)
+        objective = RankingObjective(LossConfig(), lambda rows: rows, 1)
+        results.append(ranking_step(model, objective, ranking_batch(texts, 2)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert_same(results[0][1], results[1][1])
+
+
+def reference(lm, texts, config: LossConfig, growth: float = 1.0) -> dict[str, float]:
+    """The loss of SPEC §2 and §3, written out from the model's own logits."""
+    def vectors(part: TextBatch) -> torch.Tensor:
+        logits = lm(input_ids=part.input_ids, attention_mask=part.attention_mask,
+                    token_type_ids=part.token_type_ids).logits
+        keep = part.attention_mask.bool() & ~torch.isin(part.input_ids, torch.tensor(STRUCTURAL))
+        return torch.log1p(torch.where(keep[..., None], logits, -1e9).amax(1).clamp_min(0)).double()
+
+    queries, docs = vectors(texts[0]), vectors(texts[1])[ORDER]
+    scores = queries @ docs.T / config.temperature
+    scores[EXCLUDE[0], EXCLUDE[1]] = -1e30
+    own = scores[torch.arange(2), torch.arange(2) * N_DOCS]
+    contrastive = (scores.logsumexp(1) - own).mean()
+    flops_d, flops_q = ((v.mean(0) ** 2).sum() for v in (docs, queries))
+    lambda_d, lambda_q = growth * config.lambda_docs, growth * config.query_weight
+    return {"loss": (contrastive + lambda_d * flops_d + lambda_q * flops_q).item(),
+            "loss_contrastive": contrastive.item(), "flops_docs": flops_d.item(), "flops_queries": flops_q.item(),
+            "terms_docs": (docs > 0).sum(1).double().mean().item(), "lambda_docs": lambda_d,
+            "lambda_queries": lambda_q, "terms_queries": (queries > 0).sum(1).double().mean().item(),
+            "accuracy": (scores.argmax(1) == torch.arange(2) * N_DOCS).double().mean().item()}
+
+
+@pytest.mark.parametrize("settings", [{"lambda_docs": 0.1}, {"lambda_docs": 0.2, "lambda_queries": 0.0},
+                                      {"temperature": 3.0}])
+def test_the_ranking_loss_by_the_specification(texts, settings):
+    lm, config = tiny(), LossConfig(**settings)
+    objective = RankingObjective(config, lambda rows: rows, 1)
+    found, _ = ranking_step(RankingModel(SparseEncoder(lm)), objective, ranking_batch(texts, 2))
+    with torch.no_grad():
+        assert found == pytest.approx(reference(lm, texts, config), rel=1e-5)
+
+
+def test_lambda_grows_with_the_step(texts):
+    lm, config = tiny(), LossConfig(lambda_docs=0.4, lambda_ramp=0.5)
+    objective = RankingObjective(config, lambda rows: rows, 1)
+    model = RankingModel(SparseEncoder(lm))
+    for at, growth in ((0, 1 / 36), (2, 9 / 36), (5, 1.0), (9, 1.0)):
+        found, _ = ranking_step(model, objective, ranking_batch(texts, 6), at)
+        with torch.no_grad():
+            expected = reference(lm, texts, config, growth)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["lambda_docs"] == pytest.approx(0.4 * growth)
+
+
+def test_gathering_comes_before_every_mean(texts):
+    """Two ranks with a query each: with the other's rows gathered, the sum of their losses is that of one rank."""
+    lm, config = tiny(), LossConfig(lambda_docs=0.3)
+    model = RankingModel(SparseEncoder(lm))
+    expected, expected_gradients = ranking_step(model, RankingObjective(config, lambda rows: rows, 1),
+                                                ranking_batch(texts, 6))
+    total = 0.0
+    for rank in range(2):
+        queries = TextBatch(**{k: v[rank:rank + 1] for k, v in texts[0].arguments().items()})
+        own = ORDER[rank * N_DOCS:(rank + 1) * N_DOCS]
+        docs = TextBatch(**{k: v[own] for k, v in texts[1].arguments().items()})
+        share = RankingBatch(queries, [docs], torch.arange(N_DOCS), N_DOCS, EXCLUDE)
+
+        def gather(rows: torch.Tensor, rank=rank) -> torch.Tensor:
+            with torch.no_grad():
+                both = model(ranking_batch(texts, 6))
+            other = both[0] if len(rows) == 1 else both[1]
+            parts = list(other.chunk(2))
+            parts[rank] = rows
+            return torch.cat(parts)
+
+        loss, metrics = RankingObjective(config, gather, 2).loss(model, share, [], 0, 10)
+        (loss * 2).backward()  # the slice of the gradient that the engine's gather passes on, times the ranks
+        total += metrics["loss"].item()
+    assert total == pytest.approx(expected["loss"], rel=1e-5)
+    assert_same(gradients(model), expected_gradients, atol=1e-5)
