@@ -30,15 +30,19 @@ class ModelConfig:
         init: ``scratch``, a Hugging Face hub name, or a folder in Hugging Face layout.
         architecture: backbone family of a model made from scratch.
         size: configuration values of a model made from scratch, under the family's own names (``hidden_size`` …).
+        lexical_start: initial weights of a model made from scratch: those with which it names its own input tokens
+            before any training (``lexmae.model.lexical_start``) in place of the family's usual ones.
     """
 
     init: str = "bert-base-uncased"
     architecture: str = "bert"
     size: Mapping[str, Any] = field(default_factory=dict)
+    lexical_start: bool = False
 
     def __post_init__(self):
         _require(self.architecture in ARCHITECTURES, f"architecture: one of {', '.join(ARCHITECTURES)} is needed")
         _require(self.init == "scratch" or not self.size, "size: only goes with 'init: scratch'")
+        _require(self.init == "scratch" or not self.lexical_start, "lexical_start: only goes with 'init: scratch'")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import backbone
 from lexmae.model.encoder import SparseEncoder, save_masked_lm
+from lexmae.model.lexical_start import start_lexical
 from lexmae.model.pretrainer import Pretrainer
 from lexmae.train import hardware, schedules
 from lexmae.train.hardware import Hardware
@@ -104,6 +105,8 @@ def build_lm(config: ModelConfig, shards: Shards) -> Any:
     if config.init == "scratch":
         special = {name: i for name, i in dataclasses.asdict(shards.special).items() if i is not None}
         lm = backbone.create_masked_lm(config.architecture, shards.vocab_size, special, config.size)
+        if config.lexical_start:
+            start_lexical(lm)
     else:
         lm = backbone.load_masked_lm(config.init)
     entries = backbone.word_embeddings(lm).shape[0]

@@ -1,0 +1,56 @@
+"""Initial weights with which an untrained masked language model already names its own input tokens.
+
+A lexicon encoder learns from the words that query and document share. With the usual initial weights a model made
+from scratch has to find out first that the output entry of a token belongs to its input embedding, which costs more
+steps than a small machine has. These weights start there: layers change the residual stream little, the LM head's
+transform is close to the identity, and the tied output matrix then gives a token's own entry the largest logit. The
+architecture is unchanged; nothing of it is fixed in training.
+
+Shapes: H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+_TO_RESIDUAL = re.compile(r"(output\.dense|out_lin|lin2|Wo)$")  # linear layers that write to the residual stream
+_RESIDUAL_GAIN = 0.2
+_POSITION_GAIN = 0.3
+_LINEAR_SHIFT = 3.0  # gelu(x + 3) is nearly x + 3 for |x| < 3; the LayerNorm behind it removes the 3
+_OUTPUT_BIAS = -4.0  # about what chance reaches for an unrelated entry: relu then keeps the tokens of the text
+
+
+@torch.no_grad()
+def start_lexical(lm: PreTrainedModel) -> None:
+    """Overwrite the weights of ``lm``, a model made from scratch, in place; a function of torch's generator.
+
+    Word embeddings have standard deviation 1/√H; position embeddings 0.3 of it; segment embeddings 0; layers reading
+    the residual stream 1/√fan-in, those writing to it 0.2 of it.
+    """
+    words = lm.get_input_embeddings()
+    scale = 1 / math.sqrt(words.weight.shape[1])
+    for name, module in lm.base_model.named_modules():
+        if isinstance(module, nn.Embedding):
+            gain = 1.0 if module is words else _POSITION_GAIN if "position" in name else 0.0
+            nn.init.normal_(module.weight, 0.0, gain * scale) if gain else nn.init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
+            gain = _RESIDUAL_GAIN if _TO_RESIDUAL.search(name) else 1.0
+            nn.init.normal_(module.weight, 0.0, gain / math.sqrt(module.in_features))
+    dense, output = _head_dense(lm), lm.get_output_embeddings()
+    nn.init.eye_(dense.weight)
+    if dense.bias is not None:
+        nn.init.constant_(dense.bias, _LINEAR_SHIFT)
+    if output.bias is not None:
+        nn.init.constant_(output.bias, _OUTPUT_BIAS)
+
+
+def _head_dense(lm: PreTrainedModel) -> nn.Linear:
+    """The dense layer of the LM head: the linear layer outside the backbone that is not the output matrix."""
+    inside = set(lm.base_model.modules())
+    found = [m for m in lm.modules() if isinstance(m, nn.Linear) and m not in inside]
+    return next(m for m in found if m is not lm.get_output_embeddings())

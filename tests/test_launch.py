@@ -1,0 +1,129 @@
+"""Training as users start it: real deepspeed processes, compared with one process; resume; refusals."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from launching import TINY, log, run
+from safetensors.torch import load_file
+
+from lexmae import artifact
+
+STEPS = 6
+SECTIONS = {
+    "pretrain": {"optimization": {"lr": 1e-3, "batch": 8, "micro_batch": 2, "steps": STEPS, "clip": 1.0}},
+    "finetune": {"optimization": {"lr": 1e-3, "batch": 4, "micro_batch": 5, "steps": STEPS, "clip": 1.0},
+                 "negatives": {"per_query": 2}, "loss": {"lambda_docs": 0.01, "lambda_ramp": 0.5}},
+}
+
+
+def write_recipe(folder: Path, kind: str, shards: Path, **changes) -> Path:
+    """A recipe for a tiny model; ``changes`` replace whole sections."""
+    values = {"data": str(shards), "output": str(folder / "run"), "deepspeed": "ds_configs/fp32_zero1.json",
+              "model": TINY, "logging": {"every": 1, "checkpoint_every": 3}, **SECTIONS[kind], **changes}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{kind}.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(shards_dir, tmp_path_factory) -> dict[str, Path]:
+    """Each kind trained by one process without the launcher."""
+    folders = {}
+    for kind in SECTIONS:
+        folder = tmp_path_factory.mktemp(kind)
+        run([f"launch/{kind}.py", str(write_recipe(folder, kind, shards_dir))])
+        folders[kind] = folder / "run"
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("kind", SECTIONS)
+def test_two_ranks_learn_what_one_learns(kind, stage, alone, shards_dir, tmp_path):
+    recipe = write_recipe(tmp_path, kind, shards_dir, deepspeed=f"ds_configs/fp32_zero{stage}.json")
+    run([f"launch/{kind}.py", str(recipe)], ranks=2)
+    one, two = log(alone[kind]), log(tmp_path / "run")
+    assert [line["step"] for line in two] == list(range(1, STEPS + 1))
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "grad_norm", "lr", *(k for k in a if k.startswith(("loss_", "flops", "terms", "lambda")))):
+            assert b[name] == pytest.approx(a[name], abs=1e-4, rel=1e-4), name
+    expected, got = weights(alone[kind]), weights(tmp_path / "run")
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.slow
+def test_losses_fall(alone):
+    for folder in alone.values():
+        losses = [line["loss"] for line in log(folder)]
+        assert losses[-1] < losses[0]
+
+
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "stage"), [("pretrain", 2), ("finetune", 3), ("pretrain", 0)])
+def test_resumed_run_equals_one_that_never_stopped(kind, stage, shards_dir, tmp_path):
+    model = {**TINY, "size": {**TINY["size"], "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}}
+    recipe = write_recipe(tmp_path, kind, shards_dir, model=model, deepspeed=f"ds_configs/fp32_zero{stage}.json")
+    run([f"launch/{kind}.py", str(recipe)], ranks=2)
+    whole = tmp_path / "whole"
+    shutil.copytree(tmp_path / "run", whole)
+    # As a kill would leave it: no model, the newest checkpoint unfinished, the log ahead of the last finished one.
+    shutil.rmtree(tmp_path / "run" / "model")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-6").rename(checkpoints / "step-6.partial")
+    (checkpoints / "step-6.partial" / artifact.MANIFEST).unlink()
+    run([f"launch/{kind}.py", str(recipe), "--resume", "auto"], ranks=2)
+    timed = {"tokens_per_second", "data_wait", "seconds_per_step"}
+    for before, after in zip(log(whole), log(tmp_path / "run"), strict=True):
+        assert {k: v for k, v in after.items() if k not in timed} == {k: v for k, v in before.items() if k not in timed}
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(tmp_path / "run")[name]), name
+
+
+@pytest.mark.slow
+def test_encoding_on_two_ranks_equals_one(alone, shards_dir, tmp_path):
+    for ranks in (0, 2):
+        run(["tools/encode.py", "--model", str(alone["finetune"] / "model"), "--data", str(shards_dir), "--side",
+             "docs", "--output", str(tmp_path / f"vectors{ranks}")], ranks=ranks)
+    one, two = (artifact.read(tmp_path / f"vectors{ranks}", "vectors") for ranks in (0, 2))
+    assert one.counts["rows"] == 41
+    assert one.fingerprint == two.fingerprint
+
+
+@pytest.mark.slow
+def test_refusals_are_one_line_and_code_2(alone, shards_dir, tmp_path):
+    recipe = str(write_recipe(tmp_path, "pretrain", shards_dir))
+    cases = {
+        "fp16, which needs a GPU": ["--deepspeed_config", "ds_configs/fp16_zero1.json"],
+        "is not a multiple of the micro-batch 3": ["--set", "optimization.micro_batch=3"],
+        "no such shards artifact": ["--set", "data=nowhere"],
+        "holds a finished model already": ["--set", f"output={alone['pretrain']}"],
+    }
+    for reason, arguments in cases.items():
+        errors = [line for line in run(["launch/pretrain.py", recipe, *arguments], code=2).splitlines() if line]
+        assert len(errors) == 1 and errors[0].startswith("error: ") and reason in errors[0], errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_checkpoint_of_another_recipe_is_refused(alone, tmp_path, shards_dir):
+    folder = tmp_path / "run"
+    shutil.copytree(alone["pretrain"], folder)
+    shutil.rmtree(folder / "model")
+    recipe = str(write_recipe(tmp_path, "pretrain", shards_dir))
+    message = run(["launch/pretrain.py", recipe, "--resume", "auto", "--set", "optimization.lr=0.5"], code=2)
+    assert "was made with optimization.lr = 0.001, the recipe now says 0.5" in message
+    assert "holds checkpoints" in run(["launch/pretrain.py", recipe], code=2)

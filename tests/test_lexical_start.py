@@ -1,0 +1,50 @@
+"""An untrained model with the lexical start names its own input tokens, in every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lexmae.model import backbone
+from lexmae.model.encoder import SparseEncoder
+from lexmae.model.lexical_start import start_lexical
+
+SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+SIZES = {
+    "distilbert": {"dim": 96, "n_layers": 2, "n_heads": 4, "hidden_dim": 192, "max_position_embeddings": 40},
+    **{name: {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192,
+              "max_position_embeddings": 40} for name in ("bert", "roberta", "xlm-roberta", "modernbert")},
+}
+
+
+def own_tokens(family: str, start: bool) -> float:
+    """Share of a text's tokens that are among its ten heaviest entries."""
+    torch.manual_seed(0)
+    lm = backbone.create_masked_lm(family, 500, SPECIAL, SIZES[family])
+    if start:
+        start_lexical(lm)
+    ids = torch.stack([torch.randperm(495)[:12] + 5 for _ in range(8)])
+    ids[:, 0], ids[:, -1] = 2, 3
+    text = torch.ones_like(ids, dtype=torch.bool)
+    text[:, 0] = text[:, -1] = False
+    with torch.no_grad():
+        vectors = SparseEncoder(lm).eval()(ids, torch.ones_like(ids), text, torch.zeros_like(ids))
+    top = vectors.topk(10).indices
+    return sum(len(set(ids[i, 1:-1].tolist()) & set(top[i].tolist())) for i in range(8)) / 80
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_own_tokens_lead(family):
+    assert own_tokens(family, start=True) > 0.9
+    assert own_tokens(family, start=False) < 0.5
+
+
+def test_seed_decides_the_weights():
+    torch.manual_seed(1)
+    first = backbone.create_masked_lm("bert", 500, SPECIAL, SIZES["bert"])
+    start_lexical(first)
+    torch.manual_seed(1)
+    second = backbone.create_masked_lm("bert", 500, SPECIAL, SIZES["bert"])
+    start_lexical(second)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
