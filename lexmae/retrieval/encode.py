@@ -139,6 +139,8 @@ def _partial(output: Path, state: dict, rank: int) -> Path:
             say(f"{partial} was begun from other inputs: starting again")
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
+        for unfinished in partial.glob(".*"):  # what a killed run was writing
+            unfinished.unlink()
         with artifact.atomic_file(begun) as out:
             json.dump(state, out)
     return partial
