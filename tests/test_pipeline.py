@@ -1,0 +1,62 @@
+"""The whole cycle as one command on a tiny collection: every step runs, a second call runs none, a table appears."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import TINY, run
+
+STEPS = ["prepare", "pretrain", "bm25", "bm25-evaluate", "bm25-negatives", "stage1", "stage1-docs", "stage1-queries",
+         "stage1-index", "stage1-search", "stage1-evaluate", "stage1-train-encode", "stage1-train-search",
+         "stage1-negatives", "stage2", "stage2-docs", "stage2-queries", "stage2-index", "stage2-search",
+         "stage2-evaluate"]
+
+
+def write_recipes(folder: Path, collection: Path) -> None:
+    """A pipeline of two stages with a model of two tiny layers."""
+    hardware = {"deepspeed": "ds_configs/fp32_zero1.json", "data": "-", "output": "-"}
+    optimization = {"lr": 1e-3, "batch": 4, "steps": 3}
+    stages = [{"name": "stage1", "recipe": "stage.yaml", "negatives": "bm25", "mine_depth": 5},
+              {"name": "stage2", "recipe": "stage.yaml", "init": "stage1", "negatives": "stage1", "mine_depth": 5}]
+    files = {
+        "pipeline": {"input": str(collection), "work": str(folder / "work"), "stages": stages,
+                     "prepare": {"train_tokenizer": 140, "max_length": 28, "query_length": 10}},
+        "pretrain": {**hardware, "model": TINY, "optimization": optimization},
+        "stage": {**hardware, "negatives": {"per_query": 2, "depth": 5}, "optimization": optimization},
+    }
+    for name, content in files.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_whole_cycle_then_nothing_to_do(beir_dir, tmp_path):
+    write_recipes(tmp_path, beir_dir)
+    first = run(["launch/pipeline.py", str(tmp_path)])
+    assert [name for name in STEPS if f"] {name}: " in first] == STEPS
+    work = tmp_path / "work"
+    results = json.loads((work / "results.json").read_text(encoding="utf-8"))
+    assert list(results["results"]) == ["BM25", "stage1", "stage2"]
+    for row in results["results"].values():
+        assert 0 <= row["MRR@10"] <= row["Recall@100"] <= 1 and row["terms_docs"] > 0 and row["index_bytes"] > 0
+    table = (work / "results.md").read_text(encoding="utf-8").splitlines()
+    assert len(table) == 5 and table[4].startswith("| stage2")
+    metrics = {path: path.read_bytes() for path in work.glob("*/metrics.json")}
+
+    second = run(["launch/pipeline.py", str(tmp_path)])
+    assert second.count("finished before") == len(STEPS)
+    assert metrics == {path: path.read_bytes() for path in work.glob("*/metrics.json")}
+
+
+@pytest.mark.slow
+def test_changed_settings_replace_nothing_unasked(beir_dir, tmp_path):
+    write_recipes(tmp_path, beir_dir)
+    run(["launch/pipeline.py", str(tmp_path), "--until", "prepare"])
+    changed = ["launch/pipeline.py", str(tmp_path), "--until", "prepare", "--set", "prepare.max_length=20"]
+    message = run(changed, code=2)
+    assert "was made with other settings" in message.splitlines()[-1]
+    run([*changed, "--redo"])
+    manifest = json.loads((tmp_path / "work" / "shards" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["extra"]["max_length"] == 20
