@@ -20,7 +20,7 @@ REQUIRES = [
     "pyyaml>=6.0",
     "tqdm>=4.66",
     "tensorboard>=2.16",
-    "bm25s>=0.2.10",
+    "bm25s>=0.3,<0.4",
     "PyStemmer>=2.2",
     "pytrec-eval-terrier>=0.5.6",
 ]

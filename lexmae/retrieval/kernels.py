@@ -1,4 +1,4 @@
-"""What the compiled searches share: compilation, the choice of the best hits, the division of work among threads.
+"""What the searches share: compilation, the choice of the best hits, the division of work among threads.
 
 A hit is kept as one integer key, ``score · 2³¹ + (2³¹ - 1 - document)`` with a score of at most 31 bits: keys are
 unique, and the larger key is the better hit, equal scores included (the lower document number comes first).
