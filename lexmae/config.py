@@ -6,6 +6,7 @@ stage, precision, offload, communication) is owned by a file of ``ds_configs/``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from lexmae.errors import InputError
 ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert")
 DECODER_MASKS = ("inclusive", "exclusive", "random")
 BOTTLENECKS = ("logits", "saturated", "cls", "off")
+ENGINES = ("exact", "anserini")
 
 
 def _require(condition: bool, reason: str) -> None:
@@ -254,6 +256,11 @@ class StageConfig:
     negatives: str = "bm25"
     mine_depth: int = 512
 
+    def __post_init__(self):
+        _require(re.fullmatch(r"\w[\w.-]*", self.name) is not None,
+                 f"name: '{self.name}' names a folder; letters, digits, '.', '_' and '-' are needed")
+        _require(self.mine_depth >= 1, "mine_depth: at least 1 is needed")
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -266,6 +273,12 @@ class EvaluationConfig:
     top_k_docs: int | None = None
     top_k_queries: int | None = None
     batch_tokens: int = 16384
+
+    def __post_init__(self):
+        _require(self.engine in ENGINES, f"engine: one of {', '.join(ENGINES)} is needed")
+        for name in ("hits", "top_k_docs", "top_k_queries", "batch_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name}: at least 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -281,9 +294,10 @@ class PipelineRecipe:
     builtin_passages: int | None = None
 
     def __post_init__(self):
-        known = {"pretrain"} if self.pretrain else set()
+        known = {"pretrain"}  # without pre-training, it stands for the stage recipe's own weights
         for stage in self.stages:
-            _require(stage.name not in known | {"bm25"}, f"stages: the name '{stage.name}' is taken")
-            _require(stage.init in known or self.pretrain is None,
+            taken = known | {"bm25", "corpus", "shards"}
+            _require(stage.name not in taken, f"stages: the name '{stage.name}' is taken")
+            _require(stage.init in known,
                      f"stages: {stage.name} starts from '{stage.init}', which is not an earlier step")
             known.add(stage.name)

@@ -51,6 +51,7 @@ class Plan:
         self.config, self.folder, self.work = config, folder, Path(config.work)
         self.deepspeed_config, self.ranks = deepspeed_config, ranks
         self.steps: list[Step] = []
+        self._stages_done: list[str] = []
         self.shards = self.work / "shards"
         self.corpus = self._add_corpus()
         self._add_prepare()
@@ -65,8 +66,10 @@ class Plan:
         return self.shards / "qrels" / f"{split}.tsv"
 
     def _add(self, *args: Any, **kwargs: Any) -> Path:
-        self.steps.append(Step(*args, **kwargs))
-        return self.steps[-1].output
+        step = Step(*args, **kwargs)
+        if step.output not in {known.output for known in self.steps}:  # two stages may need the same
+            self.steps.append(step)
+        return step.output
 
     def _add_corpus(self) -> Path:
         if self.config.input != "builtin":
@@ -124,18 +127,19 @@ class Plan:
         """The file of negatives of a stage, mined with an earlier stage's model where it names one."""
         if stage.negatives == "bm25":
             return self.work / "bm25" / "negatives.jsonl"
-        if stage.negatives not in {s.name for s in self.config.stages}:
+        if stage.negatives not in self._stages_done:
             path = Path(stage.negatives)
             if not path.is_file():
                 raise InputError(f"no such file, and no earlier stage of that name (stage {stage.name})", path)
             return path
         source, split = stage.negatives, self.config.evaluation.train_split
         name, folder = f"{source}-{split}", self.work / source
+        depth = max(other.mine_depth for other in self.config.stages if other.negatives == source)
         vectors = self._add_encode(f"{name}-encode", source, "queries", split)
-        run = self._add_search(f"{name}-search", source, vectors, folder / f"{split}.trec", stage.mine_depth + 50)
-        output = folder / f"negatives-{stage.mine_depth}.jsonl"
+        run = self._add_search(f"{name}-search", source, vectors, folder / f"{split}.trec", depth + 50)
+        output = folder / f"negatives-{depth}.jsonl"
         return self._add(f"{source}-negatives", [
-            "tools/mine.py", "--run", str(run), "--qrels", str(self.qrels(split)), "--depth", str(stage.mine_depth),
+            "tools/mine.py", "--run", str(run), "--qrels", str(self.qrels(split)), "--depth", str(depth),
             "--output", str(output)], output, [run, self.shards])
 
     def _add_stage(self, stage: StageConfig) -> None:
@@ -155,6 +159,7 @@ class Plan:
         run = self._add_search(f"{stage.name}-search", stage.name, queries, self.work / stage.name / "run.trec",
                                self.config.evaluation.hits)
         self._add_evaluation(stage.name, run)
+        self._stages_done.append(stage.name)
 
     def _add_encode(self, name: str, model: str, side: str, split: str | None) -> Path:
         evaluation, folder = self.config.evaluation, self.work / model
@@ -177,5 +182,3 @@ def _check_hardware(config: Any, deepspeed_config: str | None, ranks: int) -> No
     """Refuse an unknown or contradictory ds_config before the first step."""
     path = hardware.find(deepspeed_config or config.deepspeed)
     hardware.compose(path, config.optimization, ranks, accumulate=isinstance(config, PretrainRecipe))
-
-

@@ -44,12 +44,17 @@ class Runner:
         key = _digest([step.command, step.settings, [_content(path) for path in step.inputs]])
         record = self.records.get(step.name)
         same = record is not None and record["key"] == key
-        if same and step.output.exists() and record["seconds"] is not None:
+        finished = step.output.exists()
+        if same and finished and record["seconds"] is None and step.resumes:  # stopped before it could be noted
+            record = {"key": key, "seconds": 0.0}
+            self._note(step.name, record)
+        if same and finished and record["seconds"] is not None:
             cli.say(f"[{position}] {step.name}: finished before ({record['seconds']:.0f} s)")
             return
-        if step.output.exists() and not same and not self.redo:
+        if not same and not self.redo and (finished or _checkpoints(step)):
             raise InputError(f"was made with other settings or inputs than step {step.name} now has; "
-                             "choose another work=FOLDER, or replace it with --redo", step.output)
+                             "choose another work=FOLDER, or replace it with --redo",
+                             step.output if finished else step.output.parent)
         if not (step.resumes and same):
             _remove(step)
         self._note(step.name, {"key": key, "seconds": None})
@@ -88,6 +93,11 @@ def visible_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _checkpoints(step: Step) -> list[Path]:
+    """What an unfinished training has come to."""
+    return sorted((step.output.parent / "checkpoints").glob("step-*")) if step.output.name == "model" else []
 
 
 def _remove(step: Step) -> None:
