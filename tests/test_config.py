@@ -75,6 +75,13 @@ def test_the_weight_of_queries_may_be_given_and_may_be_zero():
     (c.LoggingConfig, {"every": 0}, "every"),
     (c.LoggingConfig, {"keep": 0}, "keep"),
     (c.LoggingConfig, {"checkpoint_every": -1}, "checkpoint_every"),
+    (c.EvaluationConfig, {"engine": "grep"}, "engine"),
+    (c.EvaluationConfig, {"hits": 0}, "hits"),
+    (c.EvaluationConfig, {"top_k_docs": 0}, "top_k_docs"),
+    (c.EvaluationConfig, {"batch_tokens": 0}, "batch_tokens"),
+    (c.StageConfig, {"name": "s", "recipe": "r", "mine_depth": 0}, "mine_depth"),
+    (c.StageConfig, {"name": "../s", "recipe": "r"}, "name"),
+    (c.StageConfig, {"name": "", "recipe": "r"}, "name"),
     (c.PrepareConfig, {}, "tokenizer"),
     (c.PrepareConfig, {"tokenizer": "t", "train_tokenizer": 300}, "tokenizer"),
 ])
@@ -109,9 +116,17 @@ def test_a_stage_starts_from_an_earlier_step():
         pipeline(c.StageConfig("two", "r", init="three"), c.StageConfig("three", "r"))
     with pytest.raises(InputError, match="starts from 'one'"):
         pipeline(c.StageConfig("one", "r", init="one"))
+    with pytest.raises(InputError, match="starts from 'other'"):
+        pipeline(c.StageConfig("one", "r", init="other"), pretrain=None)
 
 
-@pytest.mark.parametrize("name", ["one", "pretrain", "bm25"])
+def test_the_engines_are_those_there_are():
+    from lexmae.retrieval import engines
+
+    assert set(c.ENGINES) == set(engines.ENGINES)
+
+
+@pytest.mark.parametrize("name", ["one", "pretrain", "bm25", "shards", "corpus"])
 def test_names_of_steps_are_taken_once(name):
     with pytest.raises(InputError, match=f"the name '{name}' is taken"):
         pipeline(c.StageConfig("one", "r"), c.StageConfig(name, "r"))

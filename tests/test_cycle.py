@@ -1,0 +1,378 @@
+"""The cycle: the plan's order and refusals, what the runner skips, runs again and refuses, and the table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lexmae import artifact
+from lexmae.config import EvaluationConfig, PipelineRecipe, PrepareConfig, StageConfig
+from lexmae.cycle import report
+from lexmae.cycle.plan import Plan, Step
+from lexmae.cycle.runner import Runner
+from lexmae.errors import InputError
+
+# ---------------------------------------------------------------------------------------------------- the plan
+
+FP32 = "ds_configs/fp32_zero1.json"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder of recipes to be in: pretrain.yaml, stage.yaml and an input folder `text`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    write(tmp_path / "pretrain.yaml", optimization={"batch": 8})
+    write(tmp_path / "stage.yaml", optimization={"batch": 8})
+    return tmp_path
+
+
+def write(path: Path, **content) -> None:
+    path.write_text(yaml.safe_dump({"data": "-", "output": "-", "deepspeed": FP32, **content}))
+
+
+def pipeline(*stages: StageConfig, **options) -> PipelineRecipe:
+    values = {"input": "text", "work": "work", "prepare": PrepareConfig(train_tokenizer=300), "stages": stages}
+    return PipelineRecipe(**(values | options))
+
+
+ONE = StageConfig("one", "stage.yaml")
+TWO = StageConfig("two", "stage.yaml", init="one", negatives="one", mine_depth=20)
+
+
+def plan(folder: Path, config: PipelineRecipe, **options) -> dict[str, Step]:
+    """Steps by name; no two share a name or an output, and each finds its inputs made before it."""
+    steps = Plan(config, folder, **options).steps
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names) == len({step.output for step in steps})
+    made: set[Path] = set()
+    for step in steps:
+        for source in step.inputs:
+            assert source.exists() or source in made, f"{step.name} needs {source} before it is made"
+        made.add(step.output)
+    return dict(zip(names, steps, strict=True))
+
+
+def option(step: Step, name: str) -> str:
+    return step.command[step.command.index(name) + 1]
+
+
+def settings(step: Step) -> dict[str, str]:
+    """What follows --set."""
+    start = step.command.index("--set") + 1
+    return dict(item.split("=", 1) for item in step.command[start:step.command.index("--resume")])
+
+
+def test_steps_come_in_order(folder):
+    assert list(plan(folder, pipeline(ONE, TWO))) == [
+        "prepare", "pretrain", "bm25", "bm25-evaluate", "bm25-negatives",
+        "one", "one-docs", "one-queries", "one-index", "one-search", "one-evaluate",
+        "one-train-encode", "one-train-search", "one-negatives",
+        "two", "two-docs", "two-queries", "two-index", "two-search", "two-evaluate"]
+    assert list(plan(folder, pipeline())) == ["prepare", "pretrain", "bm25", "bm25-evaluate"]
+    assert "pretrain" not in plan(folder, pipeline(ONE, pretrain=None))
+
+
+def test_the_built_in_corpus_is_a_step(folder):
+    steps = plan(folder, pipeline(input="builtin", builtin_passages=70))
+    assert list(steps)[:2] == ["corpus", "prepare"]
+    assert steps["corpus"].command == ["-m", "lexmae.data.builtin", "--output", "work/corpus", "--max-passages", "70"]
+    assert option(steps["prepare"], "--input") == "work/corpus"
+
+
+def test_commands_say_what_the_recipe_says(folder):
+    evaluation = EvaluationConfig(split="test", train_split="learn", engine="anserini", hits=77, top_k_docs=9,
+                                  batch_tokens=500)
+    steps = plan(folder, pipeline(ONE, TWO, evaluation=evaluation,
+                                  prepare=PrepareConfig(tokenizer="tok", max_length=50, query_length=12)))
+    prepare = steps["prepare"]
+    assert [option(prepare, n) for n in ("--input", "--output", "--tokenizer", "--max-length", "--query-length")] == [
+        "text", "work/shards", "tok", "50", "12"]
+    assert settings(steps["one"]) == {"data": "work/shards", "output": "work/one", "split": "learn",
+                                      "negatives.path": "work/bm25/negatives.jsonl",
+                                      "model.init": "work/pretrain/model"}
+    assert settings(steps["two"])["model.init"] == "work/one/model"
+    assert settings(steps["two"])["negatives.path"] == "work/one/negatives-20.jsonl"
+    assert option(steps["one-docs"], "--top-k") == "9" and "--top-k" not in steps["one-queries"].command
+    assert option(steps["one-queries"], "--split") == "test" and option(steps["one-docs"], "--batch-tokens") == "500"
+    assert option(steps["one-index"], "--engine") == "anserini" and option(steps["one-search"], "--hits") == "77"
+    assert option(steps["one-evaluate"], "--qrels") == "work/shards/qrels/test.tsv"
+    assert option(steps["one-negatives"], "--qrels") == "work/shards/qrels/learn.tsv"
+    assert int(option(steps["one-learn-search"], "--hits")) > 20  # judged positives are taken out of it
+    assert option(steps["bm25-negatives"], "--depth") == "512"
+    assert {name for name, step in steps.items() if step.trains} == {
+        "pretrain", "one", "two", "one-docs", "one-queries", "two-docs", "two-queries", "one-learn-encode"}
+
+
+def test_without_pretraining_a_stage_has_its_recipes_own_weights(folder):
+    assert "model.init" not in settings(plan(folder, pipeline(ONE, TWO, pretrain=None))["one"])
+
+
+def test_a_file_of_negatives(folder):
+    (folder / "n.jsonl").write_text("x")
+    steps = plan(folder, pipeline(StageConfig("one", "stage.yaml", negatives="n.jsonl")))
+    assert settings(steps["one"])["negatives.path"] == "n.jsonl" and "bm25-negatives" not in steps
+    assert Path("n.jsonl") in steps["one"].inputs
+
+
+def test_two_stages_mined_from_one_share_the_longer_list(folder):
+    three = StageConfig("three", "stage.yaml", negatives="one", mine_depth=60)
+    steps = plan(folder, pipeline(ONE, TWO, three))
+    assert settings(steps["two"])["negatives.path"] == settings(steps["three"])["negatives.path"]
+    assert option(steps["one-negatives"], "--depth") == "60" and int(option(steps["one-train-search"], "--hits")) > 60
+
+
+def test_training_and_measuring_on_one_split(folder):
+    steps = plan(folder, pipeline(ONE, TWO, evaluation=EvaluationConfig(split="all", train_split="all")))
+    assert "one-all-encode" not in steps and option(steps["one-all-search"], "--queries") == "work/one/vectors-all"
+
+
+def test_another_hardware_configuration(folder):
+    steps = plan(folder, pipeline(ONE), deepspeed_config="ds_configs/bf16_zero2.json", ranks=4)
+    assert option(steps["one"], "--deepspeed_config") == "ds_configs/bf16_zero2.json"
+
+
+def test_what_only_reports_or_computes_does_not_count_as_a_setting(folder):
+    before = plan(folder, pipeline(ONE))["one"].settings
+    write(folder / "stage.yaml", optimization={"batch": 8}, logging={"every": 3},
+          deepspeed="ds_configs/bf16_zero0.json")
+    assert plan(folder, pipeline(ONE))["one"].settings == before
+    write(folder / "stage.yaml", optimization={"batch": 8, "lr": 1e-4})
+    assert plan(folder, pipeline(ONE))["one"].settings != before
+
+
+@pytest.mark.parametrize("break_it, reason", [
+    (lambda f: write(f / "stage.yaml", learning_rate=1), "stage.yaml:.*learning_rate: unknown key"),
+    (lambda f: write(f / "pretrain.yaml", masking={"encoder": 2.0}), "pretrain.yaml:.*masking.encoder"),
+    (lambda f: (f / "stage.yaml").unlink(), "stage.yaml: no such recipe"),
+    (lambda f: write(f / "stage.yaml", deepspeed="ds_configs/none.json"), "none.json: no such DeepSpeed"),
+    (lambda f: write(f / "pretrain.yaml", optimization={"batch": 7}), "7 cannot be shared evenly by 2 ranks"),
+    (lambda f: (f / "text").rmdir(), "text: no such folder"),
+])
+def test_a_bad_recipe_is_refused_before_the_first_step(folder, break_it, reason):
+    break_it(folder)
+    with pytest.raises(InputError, match=reason):
+        Plan(pipeline(ONE, TWO), folder, ranks=2)
+    assert not (folder / "work").exists()
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "later", "self"])
+def test_negatives_of_no_earlier_stage_are_refused(folder, name):
+    stages = [StageConfig("self", "stage.yaml", negatives=name), StageConfig("later", "stage.yaml")]
+    with pytest.raises(InputError, match=f"{name}: no such file, and no earlier stage of that name"):
+        Plan(pipeline(*stages), folder)
+
+
+# -------------------------------------------------------------------------------------------------- the runner
+
+TOOL = """\
+import sys
+from pathlib import Path
+output, mode = Path(sys.argv[1]), sys.argv[2]
+with open("calls", "a") as calls:
+    calls.write(output.name + "\\n")
+if mode == "fail":
+    sys.exit(3)
+if mode == "forget":
+    sys.exit(0)
+output.parent.mkdir(parents=True, exist_ok=True)
+if mode == "checkpoint":
+    (output.parent / "checkpoints" / "step-5").mkdir(parents=True)
+    sys.exit(9)
+if mode == "folder":
+    from lexmae import artifact
+    with artifact.create(output, "model") as draft:
+        (draft.path / "x").write_text("1")
+else:
+    output.write_text(mode)
+"""
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """A work folder, with the tool of which steps are made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tool.py").write_text(TOOL)
+    return tmp_path / "work"
+
+
+def step(work: Path, name: str = "a", mode: str = "text", **options) -> Step:
+    output = work / name / "model" if options.get("trains") else work / name
+    return Step(name, [str(work.parent / "tool.py"), str(output), mode], output, **options)
+
+
+def run(work: Path, *steps: Step, redo: bool = False) -> list[str]:
+    """Names of the outputs of the commands that ran."""
+    calls = work.parent / "calls"
+    calls.unlink(missing_ok=True)
+    runner = Runner(work, redo=redo)
+    try:
+        for i, one in enumerate(steps):
+            runner.run(one, f"{i + 1}/{len(steps)}")
+    finally:
+        ran = calls.read_text().split() if calls.exists() else []
+    return ran
+
+
+def test_finished_steps_are_skipped(work, capsys):
+    steps = [step(work, "a"), step(work, "b", inputs=[work / "a"])]
+    assert run(work, *steps) == ["a", "b"]
+    assert run(work, *steps) == []
+    assert capsys.readouterr().err.count("finished before") == 2
+    runner = Runner(work)
+    assert runner.seconds(["a", "b"]).keys() == {"a", "b"}
+
+
+def test_what_is_gone_is_made_again(work):
+    steps = [step(work, "a"), step(work, "b", inputs=[work / "a"])]
+    run(work, *steps)
+    (work / "a").unlink()
+    assert run(work, *steps) == ["a"]  # the same content again: what is made of it stays
+
+
+@pytest.mark.parametrize("change", ["command", "settings", "input"])
+def test_changed_steps_are_refused_and_replaced_only_when_asked(work, change):
+    source = work.parent / "source"
+    source.write_text("1")
+    steps = [step(work, inputs=[source], settings={"lr": 1}), step(work, "b", inputs=[work / "a"])]
+    run(work, *steps)
+    if change == "command":
+        steps[0] = step(work, mode="other", inputs=[source], settings={"lr": 1})
+    elif change == "settings":
+        steps[0] = step(work, inputs=[source], settings={"lr": 2})
+    else:
+        source.write_text("2")
+    with pytest.raises(InputError, match="made with other settings or inputs than step a now has.*--redo"):
+        run(work, *steps)
+    assert (work / "a").read_text() == "text"
+    assert run(work, *steps, redo=True) == (["a", "b"] if change == "command" else ["a"])  # b only if a differs
+    assert run(work, *steps) == []
+
+
+def test_an_output_that_no_record_tells_of_is_refused(work):
+    work.mkdir()
+    (work / "a").write_text("mine")
+    with pytest.raises(InputError, match="a: was made with other settings"):
+        run(work, step(work))
+    assert (work / "a").read_text() == "mine"
+
+
+def test_a_failed_step_stops_with_its_code_and_runs_again(work):
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            run(work, step(work, mode="fail"), step(work, "b"))
+        assert stop.value.code == 3 and (work.parent / "calls").read_text().split() == ["a"]
+    assert run(work, step(work), step(work, "b")) == ["a", "b"]
+
+
+def test_a_step_that_makes_nothing_is_an_error(work):
+    with pytest.raises(InputError, match="step a ended without making it"):
+        run(work, step(work, mode="forget"))
+
+
+def test_half_of_what_a_step_left_is_removed_before_it_runs_again(work):
+    run(work, step(work))
+    book = json.loads((work / "steps.json").read_text())
+    book["a"]["seconds"] = None  # killed before the end
+    (work / "steps.json").write_text(json.dumps(book))
+    artifact.partial_path(work / "a").mkdir()
+    assert run(work, step(work)) == ["a"] and not artifact.partial_path(work / "a").exists()
+
+
+def test_a_step_that_goes_on_keeps_what_there_is(work):
+    one = step(work, mode="fail", resumes=True)
+    with pytest.raises(SystemExit):
+        run(work, one)
+    artifact.partial_path(work / "a").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        run(work, one)
+    assert artifact.partial_path(work / "a").exists()
+    with pytest.raises(SystemExit):
+        run(work, step(work, mode="fail", resumes=True, settings={"changed": 1}))
+    assert not artifact.partial_path(work / "a").exists()
+
+
+def test_an_output_that_was_finished_but_not_noted_is_kept(work):
+    one = step(work, "a", "folder", trains=True, resumes=True)
+    run(work, one)
+    book = json.loads((work / "steps.json").read_text())
+    book["a"]["seconds"] = None  # killed between the two
+    (work / "steps.json").write_text(json.dumps(book))
+    assert run(work, one) == [] and Runner(work).seconds(["a"]) == {"a": 0.0}
+
+
+def test_checkpoints_of_other_settings_are_not_thrown_away_unasked(work):
+    with pytest.raises(SystemExit):
+        run(work, step(work, mode="checkpoint", trains=True, resumes=True))
+    changed = step(work, mode="folder", trains=True, resumes=True)
+    with pytest.raises(InputError, match="other settings"):
+        run(work, changed)
+    assert (work / "a" / "checkpoints" / "step-5").is_dir()
+    assert run(work, changed, redo=True) == ["model"] and not (work / "a" / "checkpoints").exists()
+
+
+def test_inputs_are_known_by_content(work):
+    folder = work.parent / "source"
+    folder.mkdir()
+    (folder / "x").write_text("1")
+    one = step(work, inputs=[folder])
+    run(work, one)
+    assert run(work, one) == []
+    (folder / "y").write_text("2")
+    with pytest.raises(InputError):
+        run(work, one)
+
+
+def test_several_ranks_go_through_the_launcher(tmp_path):
+    training, other = Step("t", ["launch/pretrain.py", "r"], Path("o"), trains=True), Step("p", ["-m", "x"], Path("o"))
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    alone, four = Runner(tmp_path), Runner(tmp_path, ranks=4)
+    assert alone._launch(training)[0] == four._launch(other)[0] == sys.executable
+    assert four._launch(other)[1:] == ["-m", "x"]
+    assert four._launch(training)[:3] == [launcher, "--num_gpus", "4"]
+    assert four._launch(training)[3].endswith("/launch/pretrain.py") and Path(four._launch(training)[3]).is_file()
+    assert Runner(tmp_path, hostfile="hosts")._launch(training)[:3] == [launcher, "--hostfile", "hosts"]
+
+
+# --------------------------------------------------------------------------------------------------- the report
+
+
+def write_json(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def figures(tmp_path) -> PipelineRecipe:
+    """What the steps of a pipeline with one stage leave."""
+    work = tmp_path / "work"
+    means = {"MRR@10": 0.25, "nDCG@10": 0.3, "Recall@100": 0.5, "MAP": 0.1}
+    write_json(work / "bm25" / "metrics.json", {"means": means})
+    write_json(work / "bm25" / "bm25.json", {"terms_docs": 40.25, "terms_queries": 3.5, "index_bytes": 2_000_000,
+                                             "queries_per_second": 1234.6})
+    write_json(work / "one" / "metrics.json", {"means": {name: value + 0.1 for name, value in means.items()}})
+    write_json(work / "one" / "run.json", {"queries_per_second": 99.5})
+    for name, active in (("vectors-docs", 120.04), ("vectors-dev", 12.0)):
+        with artifact.create(work / "one" / name, "vectors") as draft:
+            draft.extra["mean_active"] = active
+    (work / "one" / "index" / "deep").mkdir(parents=True)
+    (work / "one" / "index" / "deep" / "x").write_bytes(b"\0" * 3_400_000)
+    return pipeline(ONE, work=str(work))
+
+
+def test_the_table(figures):
+    text = report.write(figures, {"prepare": 1.5})
+    assert text.splitlines() == [
+        "|      | MRR@10 | nDCG@10 | Recall@100 | terms/doc | terms/query | index MB | queries/s |",
+        "|------|-------:|--------:|-----------:|----------:|------------:|---------:|----------:|",
+        "| BM25 | 0.2500 |  0.3000 |     0.5000 |      40.2 |         3.5 |      2.0 |      1235 |",
+        "| one  | 0.3500 |  0.4000 |     0.6000 |     120.0 |        12.0 |      3.4 |       100 |"]
+    work = Path(figures.work)
+    assert (work / "results.md").read_text() == text + "\n"
+    written = json.loads((work / "results.json").read_text())
+    assert written["seconds"] == {"prepare": 1.5} and written["results"]["one"]["index_bytes"] == 3_400_000
+    assert written["results"]["BM25"]["MRR@10"] == 0.25 and "python" in written["versions"]
