@@ -12,6 +12,9 @@ from lexmae.errors import InputError
 from lexmae.train import hardware
 
 
+_SPARE_HITS = 50  # retrieved beyond the depth of negatives, since judged positives are dropped
+
+
 @dataclass
 class Step:
     """One command of the cycle.

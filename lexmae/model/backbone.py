@@ -10,6 +10,7 @@ Shapes: B sequences, L tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -59,6 +60,14 @@ FAMILIES: dict[str, Family] = {
     "xlm-roberta": Family(_roberta, segments=True, offset_positions=True),
     "modernbert": Family(_modernbert, segments=False),
 }
+
+
+_TO_RESIDUAL = re.compile(r"(output\.dense|out_lin|lin2|Wo)$")
+
+
+def writes_to_residual(name: str) -> bool:
+    """Whether the linear layer of this name within a backbone adds to the residual stream."""
+    return _TO_RESIDUAL.search(name) is not None
 
 
 def _family(lm: PreTrainedModel) -> Family:

@@ -12,13 +12,13 @@ Shapes: H hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-import re
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-_TO_RESIDUAL = re.compile(r"(output\.dense|out_lin|lin2|Wo)$")  # linear layers that write to the residual stream
+from lexmae.model import backbone
+
 _RESIDUAL_GAIN = 0.2
 _POSITION_GAIN = 0.3
 _LINEAR_SHIFT = 3.0  # gelu(x + 3) is nearly x + 3 for |x| < 3; the LayerNorm behind it removes the 3
@@ -39,7 +39,7 @@ def start_lexical(lm: PreTrainedModel) -> None:
             gain = 1.0 if module is words else _POSITION_GAIN if "position" in name else 0.0
             nn.init.normal_(module.weight, 0.0, gain * scale) if gain else nn.init.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
-            gain = _RESIDUAL_GAIN if _TO_RESIDUAL.search(name) else 1.0
+            gain = _RESIDUAL_GAIN if backbone.writes_to_residual(name) else 1.0
             nn.init.normal_(module.weight, 0.0, gain / math.sqrt(module.in_features))
     dense, output = _head_dense(lm), lm.get_output_embeddings()
     nn.init.eye_(dense.weight)
