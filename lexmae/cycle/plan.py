@@ -11,7 +11,6 @@ from lexmae.config import FinetuneRecipe, PipelineRecipe, PretrainRecipe, StageC
 from lexmae.errors import InputError
 from lexmae.train import hardware
 
-
 _SPARE_HITS = 50  # retrieved beyond the depth of negatives, since judged positives are dropped
 
 
@@ -139,8 +138,8 @@ class Plan:
         name, folder = f"{source}-{split}", self.work / source
         depth = max(other.mine_depth for other in self.config.stages if other.negatives == source)
         vectors = self._add_encode(f"{name}-encode", source, "queries", split)
-        run = self._add_search(f"{name}-search", source, vectors, folder / f"{split}.trec", depth + 50)
-        output = folder / f"negatives-{depth}.jsonl"
+        run = self._add_search(f"{name}-search", source, vectors, folder / f"{split}.trec", depth + _SPARE_HITS)
+        output = folder / "negatives.jsonl"
         return self._add(f"{source}-negatives", [
             "tools/mine.py", "--run", str(run), "--qrels", str(self.qrels(split)), "--depth", str(depth),
             "--output", str(output)], output, [run, self.shards])
