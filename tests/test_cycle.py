@@ -96,7 +96,7 @@ def test_commands_say_what_the_recipe_says(folder):
                                       "negatives.path": "work/bm25/negatives.jsonl",
                                       "model.init": "work/pretrain/model"}
     assert settings(steps["two"])["model.init"] == "work/one/model"
-    assert settings(steps["two"])["negatives.path"] == "work/one/negatives-20.jsonl"
+    assert settings(steps["two"])["negatives.path"] == "work/one/negatives.jsonl"
     assert option(steps["one-docs"], "--top-k") == "9" and "--top-k" not in steps["one-queries"].command
     assert option(steps["one-queries"], "--split") == "test" and option(steps["one-docs"], "--batch-tokens") == "500"
     assert option(steps["one-index"], "--engine") == "anserini" and option(steps["one-search"], "--hits") == "77"
