@@ -41,7 +41,7 @@ SKIPPED = {
     "lib2to3", "pydoc_data", "ensurepip", "turtledemo", "_vendor", "_vendored", "externals", "_external",
     "third_party",
 }  # fmt: skip
-MIN_BODY_WORDS, MAX_BODY_WORDS = 20, 80  # words of a passage's text
+MIN_BODY_WORDS, MAX_BODY_WORDS = 20, 50  # words of a passage's text
 MIN_QUERY_WORDS, MAX_QUERY_WORDS = 4, 30
 DOCTEST_LINES = 3  # lines kept of each run of interpreter lines
 DEV_PERCENT = 10  # share of the modules, chosen by the hash of their names
