@@ -34,17 +34,21 @@ class ModelConfig:
         size: configuration values of a model made from scratch, under the family's own names (``hidden_size`` …).
         lexical_start: initial weights of a model made from scratch: those with which it names its own input tokens
             before any training (``lexmae.model.lexical_start``) in place of the family's usual ones.
+        frequency_penalty: lower the output bias of frequent tokens by up to this much before training, so that
+            their weights start small, as with an inverse document frequency; 0 (the paper) leaves the bias alone.
     """
 
     init: str = "bert-base-uncased"
     architecture: str = "bert"
     size: Mapping[str, Any] = field(default_factory=dict)
     lexical_start: bool = False
+    frequency_penalty: float = 0.0
 
     def __post_init__(self):
         _require(self.architecture in ARCHITECTURES, f"architecture: one of {', '.join(ARCHITECTURES)} is needed")
         _require(self.init == "scratch" or not self.size, "size: only goes with 'init: scratch'")
         _require(self.init == "scratch" or not self.lexical_start, "lexical_start: only goes with 'init: scratch'")
+        _require(self.frequency_penalty >= 0, "frequency_penalty: cannot be negative")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from lexmae.errors import InputError
 from lexmae.model import backbone
 from lexmae.model.encoder import SparseEncoder
-from lexmae.model.lexical_start import start_lexical
+from lexmae.model.lexical_start import penalise_frequency, start_lexical
 
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 SIZES = {
@@ -48,3 +51,24 @@ def test_seed_decides_the_weights():
     start_lexical(second)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_frequency_penalty_by_hand():
+    torch.manual_seed(0)
+    lm = backbone.create_masked_lm("bert", 500, SPECIAL, SIZES["bert"])
+    bias = lm.get_output_embeddings().bias
+    before = bias.detach().clone()
+    frequency = torch.tensor([0, 1, 50, 100])
+    penalise_frequency(lm, frequency, 100, penalty=6.0)
+    for token, df in enumerate(frequency.tolist()):
+        idf = math.log(1 + (100 - df + 0.5) / (df + 0.5)) / math.log(1 + 100.5 / 0.5)
+        assert float(before[token] - bias[token]) == pytest.approx(6.0 * (1 - idf), abs=1e-5)
+    assert torch.equal(bias[4:], before[4:])
+    assert bias[1] > bias[2] > bias[3]
+
+
+def test_frequency_penalty_needs_a_bias():
+    size = {**SIZES["modernbert"], "decoder_bias": False}
+    lm = backbone.create_masked_lm("modernbert", 500, SPECIAL, size)
+    with pytest.raises(InputError, match="no output bias"):
+        penalise_frequency(lm, torch.zeros(500), 10, 1.0)

@@ -335,3 +335,11 @@ def test_missing_and_broken_files(tmp_path):
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(InputError, match="docs-00001.arrow: not a complete Arrow file"):
         TokenTable(tmp_path, "docs")
+
+
+def test_document_frequency_counts_rows_that_hold_a_token(tiny_shards):
+    table = tiny_shards.docs
+    expected = np.zeros(tiny_shards.vocab_size, int)
+    for row in range(len(table)):
+        expected[np.unique(table.tokens(row))] += 1
+    assert table.document_frequency(tiny_shards.vocab_size, chunk=7).tolist() == expected.tolist()

@@ -121,6 +121,17 @@ class TokenTable:
                 ids[place, :length] = values[start : start + length]
         return TokenBatch(ids, lengths, first_lengths)
 
+    def document_frequency(self, vocab_size: int, chunk: int = 8192) -> np.ndarray:
+        """How many rows hold each token id, int64 [vocab_size]."""
+        counts = np.zeros(vocab_size + 1, np.int64)
+        for start in range(0, len(self), chunk):
+            rows = np.arange(start, min(start + chunk, len(self)))
+            ids = np.sort(self.pad_batch(rows, vocab_size).ids, axis=1)  # padding counts as one more token
+            first = np.ones(ids.shape, bool)
+            first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+            counts += np.bincount(ids[first], minlength=vocab_size + 1)
+        return counts[:vocab_size]
+
     def _locate(self, row: int) -> tuple[_Piece, int]:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a table of {len(self)}")

@@ -1,10 +1,14 @@
-"""Initial weights with which an untrained masked language model already names its own input tokens.
+"""Starting points for a lexicon encoder: a model from scratch that names its own tokens, rare tokens that weigh more.
 
 A lexicon encoder learns from the words that query and document share. With the usual initial weights a model made
 from scratch has to find out first that the output entry of a token belongs to its input embedding, which costs more
 steps than a small machine has. These weights start there: layers change the residual stream little, the LM head's
 transform is close to the identity, and the tied output matrix then gives a token's own entry the largest logit. The
 architecture is unchanged; nothing of it is fixed in training.
+
+A masked language model expects frequent tokens everywhere, while a lexicon wants them to weigh little. Lowering the
+output bias of a token by how frequent it is gives fine-tuning the inverse document frequency that BM25 has, in place
+of letting it find out.
 
 Shapes: H hidden size, V vocabulary.
 """
@@ -17,6 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lexmae.errors import InputError
 from lexmae.model import backbone
 
 _RESIDUAL_GAIN = 0.2
@@ -47,6 +52,28 @@ def start_lexical(lm: PreTrainedModel) -> None:
         nn.init.constant_(dense.bias, _LINEAR_SHIFT)
     if output.bias is not None:
         nn.init.constant_(output.bias, _OUTPUT_BIAS)
+
+
+@torch.no_grad()
+def penalise_frequency(lm: PreTrainedModel, document_frequency: torch.Tensor, documents: int, penalty: float) -> None:
+    """Lower the output bias of token v by ``penalty · (1 − idf_v)``, in place.
+
+    idf is that of BM25, ``log(1 + (N − df + 0.5) / (df + 0.5))``, divided by its largest possible value, so that a token
+    of no document keeps its bias and one of every document loses nearly ``penalty``.
+
+    Args:
+        document_frequency: [≤ V], documents that hold each token; tokens beyond it count as unseen.
+        documents: number of documents N.
+
+    Raises:
+        InputError: the backbone's output has no bias.
+    """
+    bias = lm.get_output_embeddings().bias
+    if bias is None:
+        raise InputError("frequency_penalty: this backbone's LM head has no output bias")
+    df = document_frequency.to(bias)
+    idf = torch.log1p((documents - df + 0.5) / (df + 0.5)) / math.log1p((documents + 0.5) / 0.5)
+    bias[:len(df)] -= penalty * (1 - idf)
 
 
 def _head_dense(lm: PreTrainedModel) -> nn.Linear:

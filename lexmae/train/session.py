@@ -17,7 +17,7 @@ from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import backbone
 from lexmae.model.encoder import SparseEncoder, save_masked_lm
-from lexmae.model.lexical_start import start_lexical
+from lexmae.model.lexical_start import penalise_frequency, start_lexical
 from lexmae.model.pretrainer import Pretrainer
 from lexmae.train import hardware, schedules
 from lexmae.train.hardware import Hardware
@@ -115,6 +115,9 @@ def build_lm(config: ModelConfig, shards: Shards) -> Any:
     longest = max(shards.manifest.extra["max_length"], shards.manifest.extra["query_length"])
     if backbone.max_length(lm) < longest:
         raise InputError(f"reads {backbone.max_length(lm)} tokens, the shards hold up to {longest}", config.init)
+    if config.frequency_penalty:
+        frequency = torch.from_numpy(shards.docs.document_frequency(shards.vocab_size))
+        penalise_frequency(lm, frequency, len(shards.docs), config.frequency_penalty)
     return lm
 
 
