@@ -23,6 +23,7 @@ from lexmae.train import hardware, schedules
 from lexmae.train.hardware import Hardware
 from lexmae.train.objectives import PretrainObjective, RankingModel, RankingObjective
 
+_CPU_CHUNK = 32  # documents
 _WHERE_ONLY = ("output", "deepspeed", "logging")  # may change between a run and its continuation
 
 
@@ -130,13 +131,14 @@ def _parts(config: Any, lm: Any, shards: Shards, spread: Hardware, rank: int, en
         data = PretrainData(shards, config.masking, micro_batch=spread.micro_batch, **common)
         return model, PretrainObjective(config.bottleneck), data
     texts = config.optimization.batch // spread.world * (1 + config.negatives.per_query)
-    chunk = spread.micro_batch or texts
+    # Without a micro-batch nothing is recomputed; a CPU still gains from short texts that are not padded to long ones.
+    chunk = spread.micro_batch or (texts if torch.cuda.is_available() else _CPU_CHUNK)
     lists = Path(config.output) / "negatives"
     engine.on_rank_zero(lambda: draws.build(shards, config.split, config.negatives.path or None,
                                             config.negatives.depth, lists))
     data = RankingData(shards, config.split, draws.NegativeLists(lists), config.negatives, micro_batch=chunk,
                        exclude_judged=config.loss.exclude_judged, **common)
-    model = RankingModel(SparseEncoder(lm), recompute=chunk < texts)
+    model = RankingModel(SparseEncoder(lm), recompute=0 < spread.micro_batch < texts)
     return model, RankingObjective(config.loss, engine.gather, spread.world), data
 
 
