@@ -149,7 +149,7 @@ def test_short_docstrings_are_no_passages(docstring):
 
 def test_long_bodies_are_cut():
     document = parse("m", "m.f", "Sort the rows of a table.\n\n" + body(1, 90))
-    assert document.text == " ".join(body(1, 90).split()[:80])
+    assert document.text == " ".join(body(1, 90).split()[: builtin.MAX_BODY_WORDS])
 
 
 @pytest.mark.parametrize(
