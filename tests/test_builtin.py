@@ -36,7 +36,7 @@ def spin(axis):
 
     Turn the wheel around one axis.
 
-    {body(1)} Turn the   wheel, around one axis. {body(2)}
+    {body(1, 20)} Turn the   wheel, around one axis. {body(2, 20)}
     """
 
 class Wheel:
@@ -88,7 +88,7 @@ def test_build_reads_sources_without_importing(package, tmp_path, capsys):
         "q:alpha.oil": "Pour fresh oil over dry bearings",
     }
     assert set(passages) == {query.removeprefix("q:") for query in queries}
-    assert passages["alpha.wheels.spin"]["text"] == f"{body(1)} {body(2)}"
+    assert passages["alpha.wheels.spin"]["text"] == f"{body(1, 20)} {body(2, 20)}"
     assert passages["alpha.wheels.Wheel.roll"]["title"] == "alpha wheels Wheel roll"
     judged = qrels["train"] | qrels["dev"]
     assert judged == {query: {query.removeprefix("q:"): 1} for query in queries}
