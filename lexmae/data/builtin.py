@@ -46,7 +46,6 @@ MIN_QUERY_WORDS, MAX_QUERY_WORDS = 4, 30
 DOCTEST_LINES = 3  # lines kept of each run of interpreter lines
 DEV_PERCENT = 10  # share of the modules, chosen by the hash of their names
 BODY_OVERLAP, QUERY_OVERLAP = 0.4, 0.7  # Jaccard similarities from which two texts count as near-duplicates
-
 _COMMON = "a an and are as at be by for from if in into is it its of on or that the this to with"
 _STOP_WORDS = frozenset(_COMMON.split())
 _SIGNATURE = re.compile(r"^[\w.*]+\s*\(.*\)\s*(->.*)?$", re.DOTALL)
