@@ -31,8 +31,10 @@ def main(argv: list[str] | None = None) -> None:
 
     file = Path(options.recipe) / "pipeline.yaml" if Path(options.recipe).is_dir() else Path(options.recipe)
     config = recipe.load(file, PipelineRecipe, options.overrides)
-    ranks = options.ranks or runner.visible_gpus() or 1
-    planned = plan.Plan(config, file.parent, options.deepspeed_config, ranks).steps
+    gpus = runner.visible_gpus()
+    ranks = options.ranks or gpus or 1
+    has_gpu = bool(gpus or options.hostfile or options.list)  # a plan may be printed on any machine
+    planned = plan.Plan(config, file.parent, options.deepspeed_config, ranks, has_gpu).steps
     names = [step.name for step in planned]
     if options.until and options.until not in names:
         raise InputError(f"--until {options.until}: no such step; the steps are {', '.join(names)}")

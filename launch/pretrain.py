@@ -7,13 +7,11 @@
 
 from lexmae import cli
 from lexmae.config import PretrainRecipe
+from lexmae.train import command
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.make_parser(__doc__)
-    from lexmae.train import session
-
-    session.main(PretrainRecipe, argv, parser)
+    command.main(PretrainRecipe, cli.make_parser(__doc__), argv)
 
 
 if __name__ == "__main__":

@@ -44,14 +44,16 @@ class Plan:
         folder: what the recipe's file names are relative to.
         deepspeed_config: takes the place of the training recipes' own.
         ranks: processes that will train.
+        has_gpu: whether they have GPUs: fp16 is refused without.
 
     Raises:
         InputError: a recipe, configuration or input is missing or wrong.
     """
 
-    def __init__(self, config: PipelineRecipe, folder: Path, deepspeed_config: str | None = None, ranks: int = 1):
+    def __init__(self, config: PipelineRecipe, folder: Path, deepspeed_config: str | None = None, ranks: int = 1,
+                 has_gpu: bool = True):
         self.config, self.folder, self.work = config, folder, Path(config.work)
-        self.deepspeed_config, self.ranks = deepspeed_config, ranks
+        self.deepspeed_config, self.ranks, self.has_gpu = deepspeed_config, ranks, has_gpu
         self.steps: list[Step] = []
         self._stages_done: list[str] = []
         self.shards = self.work / "shards"
@@ -101,9 +103,15 @@ class Plan:
         command = [script, str(file), "--set", *settings, "--resume", "auto"]
         if self.deepspeed_config:
             command += ["--deepspeed_config", self.deepspeed_config]
-        _check_hardware(config, self.deepspeed_config, self.ranks)
+        self._check_hardware(config)
         learning = {k: v for k, v in recipe.to_dict(config).items() if k not in ("logging", "deepspeed")}
         return self._add(name, command, output / "model", [self.shards, *inputs], learning, trains=True, resumes=True)
+
+    def _check_hardware(self, config: PretrainRecipe | FinetuneRecipe) -> None:
+        """Refuse an unknown, contradictory or impossible ds_config before the first step."""
+        path = hardware.find(self.deepspeed_config or config.deepspeed)
+        spread = hardware.compose(path, config.optimization, self.ranks, accumulate=isinstance(config, PretrainRecipe))
+        hardware.refuse_precision(spread, self.has_gpu, path)
 
     def _add_bm25(self) -> None:
         evaluation, folder = self.config.evaluation, self.work / "bm25"
@@ -178,9 +186,3 @@ class Plan:
         return self._add(name, ["tools/search.py", "--index", str(index), "--queries", str(queries), "--hits",
                                 str(hits), "--output", str(run), "--json", str(run.with_suffix(".json"))],
                          run, [index, queries])
-
-
-def _check_hardware(config: Any, deepspeed_config: str | None, ranks: int) -> None:
-    """Refuse an unknown or contradictory ds_config before the first step."""
-    path = hardware.find(deepspeed_config or config.deepspeed)
-    hardware.compose(path, config.optimization, ranks, accumulate=isinstance(config, PretrainRecipe))

@@ -58,8 +58,8 @@ def start_lexical(lm: PreTrainedModel) -> None:
 def penalise_frequency(lm: PreTrainedModel, document_frequency: torch.Tensor, documents: int, penalty: float) -> None:
     """Lower the output bias of token v by ``penalty · (1 − idf_v)``, in place.
 
-    idf is that of BM25, ``log(1 + (N − df + 0.5) / (df + 0.5))``, divided by its largest possible value, so that a token
-    of no document keeps its bias and one of every document loses nearly ``penalty``.
+    idf is that of BM25, ``log(1 + (N − df + 0.5) / (df + 0.5))``, divided by its largest possible value: a token
+    of no document keeps its bias, one of every document loses nearly ``penalty``.
 
     Args:
         document_frequency: [≤ V], documents that hold each token; tokens beyond it count as unseen.

@@ -174,18 +174,3 @@ def _export(lm: Any, state: dict[str, torch.Tensor], config: Any, shards: Shards
         draft.counts.update(steps=total, weights=sum(t.numel() for t in state.values()))
         draft.extra.update({key: extra[key] for key in ("tokenizer_hash", "vocab_size", "max_length", "query_length")})
     say(f"wrote {target}")
-
-
-def main(kind: type, argv: list[str] | None, parser: Any) -> None:
-    """The command line that every training command shares."""
-    parser.add_argument("recipe", help="YAML recipe")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="extend", nargs="+", default=[], dest="overrides",
-                        help="override keys of the recipe, such as optimization.lr=1e-4")
-    parser.add_argument("--deepspeed_config", metavar="FILE", help="in place of the recipe's `deepspeed`")
-    parser.add_argument("--resume", metavar="auto|STEP|PATH", help="continue from a checkpoint")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
-    arguments = parser.parse_args(argv)
-    config = recipe.load(arguments.recipe, kind, arguments.overrides)
-    if arguments.deepspeed_config:
-        config = dataclasses.replace(config, deepspeed=arguments.deepspeed_config)
-    run(config, arguments.resume)
