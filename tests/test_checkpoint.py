@@ -41,8 +41,8 @@ def test_choosing(tmp_path):
 
 
 def test_the_same_recipe_is_accepted_also_as_json_gives_it_back(tmp_path):
-    checkpoint.refuse_mismatch(make(tmp_path, 3) / "step-3", CONFIG, 2, 1)
-    checkpoint.refuse_mismatch(tmp_path / "step-3", {**CONFIG, "stages": [1, 2]}, 2, 1)
+    assert checkpoint.refuse_mismatch(make(tmp_path, 3) / "step-3", CONFIG, 2, 1) is None
+    assert checkpoint.refuse_mismatch(tmp_path / "step-3", {**CONFIG, "stages": [1, 2]}, 2, 1) is None
 
 
 @pytest.mark.parametrize("config, world, stage, reason", [

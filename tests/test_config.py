@@ -96,7 +96,8 @@ def test_a_value_out_of_range_is_refused(kind, values, named):
     {"encoder": 0.8, "decoder": 0.2, "decoder_strategy": "random"},
 ])
 def test_the_ends_of_the_ranges_of_masks_are_open_to_use(values):
-    c.MaskingConfig(**values)
+    masking = c.MaskingConfig(**values)
+    assert {name: getattr(masking, name) for name in values} == values
 
 
 def test_recipes_cannot_be_changed_afterwards():

@@ -66,6 +66,10 @@ def test_tokens_that_anserini_would_misread(tmp_path, token, reason, side):
 
 def test_a_bad_token_that_no_text_uses_does_no_harm(tmp_path):
     export(vectors("docs", [*VOCABULARY, "a b", "the"]), "anserini", tmp_path / "o")
+    export(vectors("docs"), "anserini", tmp_path / "plain")
+    texts = [[p.read_text(encoding="utf-8") for p in sorted((tmp_path / name).rglob("*.json*"))
+              if p.name != "manifest.json"] for name in ("o", "plain")]
+    assert texts[0] == texts[1] and texts[0]
 
 
 def test_other_bad_vectors(tmp_path):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Query:
     text: str
 
 
-class Corpus:
+class Corpus(ABC):
     """Base of the layouts: subclasses say where the records are, this class checks them.
 
     After a pass over `passages()`, `title_only` counts the documents with a title and no text, and `empty`
@@ -148,19 +149,21 @@ class Corpus:
         """About how many documents there are, where that is quick to tell (for a progress bar)."""
         return None
 
+    @abstractmethod
     def splits(self) -> list[str]:
         """Names of the splits that have queries, sorted."""
-        raise NotImplementedError("a layout lists its splits")
 
+    @abstractmethod
     def judgements(self, split: str) -> Iterator[Judgement] | None:
         """The judgements of a split one by one, each with its place in the source; None when it has none."""
-        raise NotImplementedError("a layout reads its judgements")
 
+    @abstractmethod
     def _passage_rows(self) -> Iterator[tuple[str | Path, int, object, object, object]]:
-        raise NotImplementedError("a layout reads its documents")
+        """(path, line, id, title, text) of every document as the source has them."""
 
+    @abstractmethod
     def _query_rows(self, split: str) -> Iterator[tuple[str | Path, int, object, object]]:
-        raise NotImplementedError("a layout reads its queries")
+        """(path, line, id, text) of every query of a split as the source has them."""
 
     def _judged(self, split: str) -> dict[str, Judgement] | None:
         """The first judgement of each query, where queries are chosen by it."""
