@@ -97,6 +97,12 @@ def text_batch(tokens: TokenBatch, structural: np.ndarray, segments: bool) -> Te
                      torch.from_numpy(text), torch.from_numpy(types.astype(np.int64)))
 
 
+def read_texts(shards: Shards, table: TokenTable, rows: np.ndarray) -> TextBatch:
+    """The texts in ``rows`` of one of the shards' tables, as tensors [len(rows), L]."""
+    return text_batch(table.pad_batch(rows, shards.special.pad), np.asarray(shards.special.structural),
+                      shards.token_type_ids)
+
+
 class Stream:
     """Which row of a data set each position of the endless stream of examples is."""
 
@@ -182,7 +188,6 @@ class RankingData:
         self._part = share(rank, world, batch)
         self._pairs = negatives.judged_pairs()  # [pairs, 2]
         self._stream = Stream(len(self._pairs), seed)
-        self._structural = np.asarray(shards.special.structural)
         self.size = len(self._pairs)
 
     def __call__(self, step: int) -> RankingBatch:
@@ -192,8 +197,8 @@ class RankingData:
         docs = self._documents(positions, pairs)  # [G, N]
         exclude = self._judged_in_batch(pairs, docs) if self._exclude_judged else np.zeros((2, 0), np.int64)
         chunks, order = self._chunks(docs[self._part].reshape(-1))
-        return RankingBatch(self._text(self.queries, pairs[self._part, 0]), chunks, torch.from_numpy(order),
-                            docs.shape[1], torch.from_numpy(exclude))
+        queries = read_texts(self.shards, self.queries, pairs[self._part, 0])
+        return RankingBatch(queries, chunks, torch.from_numpy(order), docs.shape[1], torch.from_numpy(exclude))
 
     def _documents(self, positions: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         """Document rows [G, N]: the positive, then negatives drawn afresh for this position of the stream."""
@@ -216,12 +221,9 @@ class RankingData:
 
     def _chunks(self, rows: np.ndarray) -> tuple[list[TextBatch], np.ndarray]:
         longest_first = np.argsort(-self.shards.docs.lengths[rows], kind="stable")
-        chunks = [self._text(self.shards.docs, rows[longest_first[i:i + self.micro_batch]])
+        chunks = [read_texts(self.shards, self.shards.docs, rows[longest_first[i:i + self.micro_batch]])
                   for i in range(0, len(rows), self.micro_batch)]
         return chunks, np.argsort(longest_first, kind="stable")
-
-    def _text(self, table: TokenTable, rows: np.ndarray) -> TextBatch:
-        return text_batch(table.pad_batch(rows, self.shards.special.pad), self._structural, self.shards.token_type_ids)
 
 
 def prefetch(make: Callable[[int], Any], start: int, stop: int, depth: int = 4) -> Iterator[Any]:

@@ -24,7 +24,7 @@ import torch
 
 from lexmae import artifact
 from lexmae.cli import progress, say
-from lexmae.data.batches import text_batch
+from lexmae.data.batches import read_texts
 from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
@@ -184,8 +184,7 @@ def _by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
 def _forward(encoder: SparseEncoder, shards: Shards, table: TokenTable, rows: np.ndarray, dtype: torch.dtype | None,
              device: torch.device) -> np.ndarray:
     """Lexicon vectors float32 [B, V] of the texts in ``rows``."""
-    text = text_batch(table.pad_batch(rows, shards.special.pad), np.asarray(shards.special.structural),
-                      shards.token_type_ids).to(device)
+    text = read_texts(shards, table, rows).to(device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         values = encoder(**text.arguments())
     return values[:, :shards.vocab_size].float().cpu().numpy()
