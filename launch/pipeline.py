@@ -10,7 +10,7 @@ launch/, printed before it runs. A finished step is skipped as long as its comma
 from pathlib import Path
 
 from lexmae import cli, recipe
-from lexmae.config import PipelineRecipe
+from lexmae.cycle.config import PipelineRecipe
 from lexmae.errors import InputError
 
 

@@ -43,8 +43,21 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoRet
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    _leave(code or 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit; a rank of several leaves without the interpreter's clean-up.
+
+    DeepSpeed keeps process groups whose native threads outlive ``destroy_process_group``. One that asks for Python
+    while the interpreter is being taken down aborts the process ("terminate called without an active exception"),
+    after everything has been written.
+    """
     sys.stdout.flush()
-    sys.exit(code or 0)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _complain(reason: str) -> None:

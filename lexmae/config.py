@@ -1,4 +1,4 @@
-"""What a recipe may say, as frozen dataclasses. Defaults are the paper's.
+"""What a training recipe may say, as frozen dataclasses. Defaults are the paper's.
 
 A recipe owns learning (data, model, losses, learning rate, batch, steps, seed). What depends on the machine (ZeRO
 stage, precision, offload, communication) is owned by a file of ``ds_configs/``. ``lexmae.recipe`` reads the files.
@@ -6,7 +6,6 @@ stage, precision, offload, communication) is owned by a file of ``ds_configs/``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +15,10 @@ from lexmae.errors import InputError
 ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert")
 DECODER_MASKS = ("inclusive", "exclusive", "random")
 BOTTLENECKS = ("logits", "saturated", "cls", "off")
-ENGINES = ("exact", "anserini")
 
 
-def _require(condition: bool, reason: str) -> None:
+def require(condition: bool, reason: str) -> None:
+    """Raise InputError(reason) unless ``condition`` holds."""
     if not condition:
         raise InputError(reason)
 
@@ -45,10 +44,10 @@ class ModelConfig:
     frequency_penalty: float = 0.0
 
     def __post_init__(self):
-        _require(self.architecture in ARCHITECTURES, f"architecture: one of {', '.join(ARCHITECTURES)} is needed")
-        _require(self.init == "scratch" or not self.size, "size: only goes with 'init: scratch'")
-        _require(self.init == "scratch" or not self.lexical_start, "lexical_start: only goes with 'init: scratch'")
-        _require(self.frequency_penalty >= 0, "frequency_penalty: cannot be negative")
+        require(self.architecture in ARCHITECTURES, f"architecture: one of {', '.join(ARCHITECTURES)} is needed")
+        require(self.init == "scratch" or not self.size, "size: only goes with 'init: scratch'")
+        require(self.init == "scratch" or not self.lexical_start, "lexical_start: only goes with 'init: scratch'")
+        require(self.frequency_penalty >= 0, "frequency_penalty: cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,12 @@ class MaskingConfig:
     whole_word: bool = False
 
     def __post_init__(self):
-        _require(0 < self.encoder < 1, "encoder: a share between 0 and 1 is needed")
-        _require(0 < self.decoder < 1, "decoder: a share between 0 and 1 is needed")
-        _require(self.decoder_strategy in DECODER_MASKS, f"decoder_strategy: one of {', '.join(DECODER_MASKS)}")
-        _require(self.decoder_strategy != "inclusive" or self.decoder >= self.encoder,
+        require(0 < self.encoder < 1, "encoder: a share between 0 and 1 is needed")
+        require(0 < self.decoder < 1, "decoder: a share between 0 and 1 is needed")
+        require(self.decoder_strategy in DECODER_MASKS, f"decoder_strategy: one of {', '.join(DECODER_MASKS)}")
+        require(self.decoder_strategy != "inclusive" or self.decoder >= self.encoder,
                  "decoder: an inclusive decoder mask holds the encoder's, so it cannot be the smaller one")
-        _require(self.decoder_strategy != "exclusive" or self.decoder <= 1 - self.encoder,
+        require(self.decoder_strategy != "exclusive" or self.decoder <= 1 - self.encoder,
                  "decoder: an exclusive decoder mask leaves the encoder's out, so the two shares cannot pass 1")
 
 
@@ -87,8 +86,8 @@ class BottleneckConfig:
     decoder_weight: float = 1.0
 
     def __post_init__(self):
-        _require(self.source in BOTTLENECKS, f"source: one of {', '.join(BOTTLENECKS)} is needed")
-        _require(self.decoder_layers >= 1, "decoder_layers: at least 1 is needed")
+        require(self.source in BOTTLENECKS, f"source: one of {', '.join(BOTTLENECKS)} is needed")
+        require(self.decoder_layers >= 1, "decoder_layers: at least 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -110,10 +109,10 @@ class LossConfig:
     exclude_judged: bool = True
 
     def __post_init__(self):
-        _require(self.lambda_docs >= 0, "lambda_docs: cannot be negative")
-        _require(self.lambda_queries is None or self.lambda_queries >= 0, "lambda_queries: cannot be negative")
-        _require(0 <= self.lambda_ramp <= 1, "lambda_ramp: a share of the steps between 0 and 1 is needed")
-        _require(self.temperature > 0, "temperature: must be positive")
+        require(self.lambda_docs >= 0, "lambda_docs: cannot be negative")
+        require(self.lambda_queries is None or self.lambda_queries >= 0, "lambda_queries: cannot be negative")
+        require(0 <= self.lambda_ramp <= 1, "lambda_ramp: a share of the steps between 0 and 1 is needed")
+        require(self.temperature > 0, "temperature: must be positive")
 
     @property
     def query_weight(self) -> float:
@@ -136,8 +135,8 @@ class NegativesConfig:
     depth: int = 1000
 
     def __post_init__(self):
-        _require(self.per_query >= 0, "per_query: cannot be negative")
-        _require(self.depth >= 1, "depth: at least 1 is needed")
+        require(self.per_query >= 0, "per_query: cannot be negative")
+        require(self.depth >= 1, "depth: at least 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -167,15 +166,15 @@ class OptimizationConfig:
     seed: int = 42
 
     def __post_init__(self):
-        _require(self.lr > 0, "lr: must be positive")
-        _require(self.batch >= 1, "batch: at least 1 is needed")
-        _require(self.micro_batch is None or self.micro_batch >= 1, "micro_batch: at least 1 is needed")
-        _require(self.epochs > 0, "epochs: must be positive")
-        _require(self.steps is None or self.steps >= 1, "steps: at least 1 is needed")
-        _require(0 <= self.warmup <= 1, "warmup: a share of the steps between 0 and 1 is needed")
-        _require(self.clip >= 0, "clip: cannot be negative")
-        _require(self.weight_decay >= 0, "weight_decay: cannot be negative")
-        _require(self.seed >= 0, "seed: cannot be negative")
+        require(self.lr > 0, "lr: must be positive")
+        require(self.batch >= 1, "batch: at least 1 is needed")
+        require(self.micro_batch is None or self.micro_batch >= 1, "micro_batch: at least 1 is needed")
+        require(self.epochs > 0, "epochs: must be positive")
+        require(self.steps is None or self.steps >= 1, "steps: at least 1 is needed")
+        require(0 <= self.warmup <= 1, "warmup: a share of the steps between 0 and 1 is needed")
+        require(self.clip >= 0, "clip: cannot be negative")
+        require(self.weight_decay >= 0, "weight_decay: cannot be negative")
+        require(self.seed >= 0, "seed: cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -193,9 +192,9 @@ class LoggingConfig:
     keep: int = 2
 
     def __post_init__(self):
-        _require(self.every >= 1, "every: at least 1 is needed")
-        _require(self.keep >= 1, "keep: at least 1 is needed")
-        _require(self.checkpoint_every >= 0, "checkpoint_every: cannot be negative")
+        require(self.every >= 1, "every: at least 1 is needed")
+        require(self.keep >= 1, "keep: at least 1 is needed")
+        require(self.checkpoint_every >= 0, "checkpoint_every: cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -226,82 +225,3 @@ class FinetuneRecipe:
     optimization: OptimizationConfig = field(
         default_factory=lambda: OptimizationConfig(lr=2e-5, batch=24, epochs=3, clip=1.0))
     logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(every=50))
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """Settings of the shards that a pipeline makes: a tokenizer to use, or the entries of one to train."""
-
-    tokenizer: str | None = None
-    train_tokenizer: int | None = None
-    max_length: int = 144
-    query_length: int = 32
-
-    def __post_init__(self):
-        _require((self.tokenizer is None) != (self.train_tokenizer is None),
-                 "tokenizer or train_tokenizer: exactly one of the two is needed")
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """One fine-tuning stage of a pipeline.
-
-    Attributes:
-        name: its name in the results and under the work folder.
-        recipe: recipe file, relative to the pipeline's.
-        init: ``pretrain`` or the name of an earlier stage.
-        negatives: ``bm25``, the name of an earlier stage, or a file of negatives.
-        mine_depth: depth of the list of negatives that is mined for it.
-    """
-
-    name: str
-    recipe: str
-    init: str = "pretrain"
-    negatives: str = "bm25"
-    mine_depth: int = 512
-
-    def __post_init__(self):
-        _require(re.fullmatch(r"\w[\w.-]*", self.name) is not None,
-                 f"name: '{self.name}' names a folder; letters, digits, '.', '_' and '-' are needed")
-        _require(self.mine_depth >= 1, "mine_depth: at least 1 is needed")
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """How a pipeline measures: the split with judgements, the engine, documents retrieved, top-k pruning."""
-
-    split: str = "dev"
-    train_split: str = "train"
-    engine: str = "exact"
-    hits: int = 1000
-    top_k_docs: int | None = None
-    top_k_queries: int | None = None
-    batch_tokens: int = 16384
-
-    def __post_init__(self):
-        _require(self.engine in ENGINES, f"engine: one of {', '.join(ENGINES)} is needed")
-        for name in ("hits", "top_k_docs", "top_k_queries", "batch_tokens"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name}: at least 1 is needed")
-
-
-@dataclass(frozen=True)
-class PipelineRecipe:
-    """The whole cycle: ``input`` is ``builtin`` or what ``tools/prepare.py --input`` takes."""
-
-    input: str
-    work: str
-    prepare: PrepareConfig
-    pretrain: str | None = "pretrain.yaml"
-    stages: tuple[StageConfig, ...] = ()
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    builtin_passages: int | None = None
-
-    def __post_init__(self):
-        known = {"pretrain"}  # without pre-training, it stands for the stage recipe's own weights
-        for stage in self.stages:
-            taken = known | {"bm25", "corpus", "shards"}
-            _require(stage.name not in taken, f"stages: the name '{stage.name}' is taken")
-            _require(stage.init in known,
-                     f"stages: {stage.name} starts from '{stage.init}', which is not an earlier step")
-            known.add(stage.name)

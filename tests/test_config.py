@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from lexmae import config as c
+from lexmae.cycle import config as p
 from lexmae.errors import InputError
 
 
@@ -34,10 +35,10 @@ def test_fine_tuning_defaults_are_those_of_stage_1():
 
 
 def test_cycle_defaults():
-    assert dataclasses.astuple(c.PrepareConfig(tokenizer="t"))[2:] == (144, 32)
-    evaluation = c.EvaluationConfig()
+    assert dataclasses.astuple(p.PrepareConfig(tokenizer="t"))[2:] == (144, 32)
+    evaluation = p.EvaluationConfig()
     assert (evaluation.hits, evaluation.top_k_docs, evaluation.top_k_queries) == (1000, None, None)
-    assert c.StageConfig("s", "r").mine_depth == 512
+    assert p.StageConfig("s", "r").mine_depth == 512
 
 
 def test_the_weight_of_queries_may_be_given_and_may_be_zero():
@@ -75,15 +76,15 @@ def test_the_weight_of_queries_may_be_given_and_may_be_zero():
     (c.LoggingConfig, {"every": 0}, "every"),
     (c.LoggingConfig, {"keep": 0}, "keep"),
     (c.LoggingConfig, {"checkpoint_every": -1}, "checkpoint_every"),
-    (c.EvaluationConfig, {"engine": "grep"}, "engine"),
-    (c.EvaluationConfig, {"hits": 0}, "hits"),
-    (c.EvaluationConfig, {"top_k_docs": 0}, "top_k_docs"),
-    (c.EvaluationConfig, {"batch_tokens": 0}, "batch_tokens"),
-    (c.StageConfig, {"name": "s", "recipe": "r", "mine_depth": 0}, "mine_depth"),
-    (c.StageConfig, {"name": "../s", "recipe": "r"}, "name"),
-    (c.StageConfig, {"name": "", "recipe": "r"}, "name"),
-    (c.PrepareConfig, {}, "tokenizer"),
-    (c.PrepareConfig, {"tokenizer": "t", "train_tokenizer": 300}, "tokenizer"),
+    (p.EvaluationConfig, {"engine": "grep"}, "engine"),
+    (p.EvaluationConfig, {"hits": 0}, "hits"),
+    (p.EvaluationConfig, {"top_k_docs": 0}, "top_k_docs"),
+    (p.EvaluationConfig, {"batch_tokens": 0}, "batch_tokens"),
+    (p.StageConfig, {"name": "s", "recipe": "r", "mine_depth": 0}, "mine_depth"),
+    (p.StageConfig, {"name": "../s", "recipe": "r"}, "name"),
+    (p.StageConfig, {"name": "", "recipe": "r"}, "name"),
+    (p.PrepareConfig, {}, "tokenizer"),
+    (p.PrepareConfig, {"tokenizer": "t", "train_tokenizer": 300}, "tokenizer"),
 ])
 def test_a_value_out_of_range_is_refused(kind, values, named):
     with pytest.raises(InputError, match=named):
@@ -105,29 +106,29 @@ def test_recipes_cannot_be_changed_afterwards():
         c.PretrainRecipe(data="d", output="o").data = "e"
 
 
-def pipeline(*stages: c.StageConfig, **options) -> c.PipelineRecipe:
+def pipeline(*stages: p.StageConfig, **options) -> p.PipelineRecipe:
     """A pipeline recipe of these stages."""
-    return c.PipelineRecipe("builtin", "work", c.PrepareConfig(train_tokenizer=300), stages=stages, **options)
+    return p.PipelineRecipe("builtin", "work", p.PrepareConfig(train_tokenizer=300), stages=stages, **options)
 
 
 def test_a_stage_starts_from_an_earlier_step():
-    pipeline(c.StageConfig("one", "r"), c.StageConfig("two", "r", init="one"))
-    pipeline(c.StageConfig("one", "r"), pretrain=None)
+    pipeline(p.StageConfig("one", "r"), p.StageConfig("two", "r", init="one"))
+    pipeline(p.StageConfig("one", "r"), pretrain=None)
     with pytest.raises(InputError, match="two starts from 'three'"):
-        pipeline(c.StageConfig("two", "r", init="three"), c.StageConfig("three", "r"))
+        pipeline(p.StageConfig("two", "r", init="three"), p.StageConfig("three", "r"))
     with pytest.raises(InputError, match="starts from 'one'"):
-        pipeline(c.StageConfig("one", "r", init="one"))
+        pipeline(p.StageConfig("one", "r", init="one"))
     with pytest.raises(InputError, match="starts from 'other'"):
-        pipeline(c.StageConfig("one", "r", init="other"), pretrain=None)
+        pipeline(p.StageConfig("one", "r", init="other"), pretrain=None)
 
 
 def test_the_engines_are_those_there_are():
     from lexmae.retrieval import engines
 
-    assert set(c.ENGINES) == set(engines.ENGINES)
+    assert set(p.ENGINES) == set(engines.ENGINES)
 
 
 @pytest.mark.parametrize("name", ["one", "pretrain", "bm25", "shards", "corpus"])
 def test_names_of_steps_are_taken_once(name):
     with pytest.raises(InputError, match=f"the name '{name}' is taken"):
-        pipeline(c.StageConfig("one", "r"), c.StageConfig(name, "r"))
+        pipeline(p.StageConfig("one", "r"), p.StageConfig(name, "r"))

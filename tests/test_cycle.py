@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from lexmae import artifact
-from lexmae.config import EvaluationConfig, PipelineRecipe, PrepareConfig, StageConfig
 from lexmae.cycle import report
+from lexmae.cycle.config import EvaluationConfig, PipelineRecipe, PrepareConfig, StageConfig
 from lexmae.cycle.plan import Plan, Step
 from lexmae.cycle.runner import Runner
 from lexmae.errors import InputError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -107,3 +108,17 @@ def test_a_reader_that_goes_away_is_no_error_message():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+def test_a_rank_of_several_leaves_without_the_interpreters_clean_up():
+    """Threads of a communication library may still run then; what was printed must have arrived all the same."""
+    program = """
+import atexit
+from lexmae import cli
+atexit.register(print, "cleaned up")
+cli.run(lambda argv: print("done") or 5)
+"""
+    for world, lines in (("1", ["done", "cleaned up"]), ("2", ["done"])):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                              env={**os.environ, "WORLD_SIZE": world})
+        assert (done.returncode, done.stdout.split("\n")[:-1]) == (5, lines)

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from lexmae import recipe
-from lexmae.config import FinetuneRecipe, PipelineRecipe, PretrainRecipe
+from lexmae.config import FinetuneRecipe, PretrainRecipe
+from lexmae.cycle.config import PipelineRecipe
 from lexmae.errors import InputError
 
 MINIMAL = "data: shards\noutput: out\n"

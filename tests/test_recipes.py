@@ -13,6 +13,7 @@ import yaml
 
 from lexmae import config as c
 from lexmae import recipe
+from lexmae.cycle import config as p
 from lexmae.cycle.plan import Plan
 from lexmae.train import hardware
 
@@ -26,12 +27,12 @@ def kind(path: Path) -> type:
     """The dataclass of a recipe file, told by its keys."""
     keys = yaml.safe_load(path.read_text(encoding="utf-8")).keys()
     if "work" in keys:
-        return c.PipelineRecipe
+        return p.PipelineRecipe
     return c.FinetuneRecipe if {"negatives", "loss"} & keys else c.PretrainRecipe
 
 
-TRAINING = [path for path in RECIPES if kind(path) is not c.PipelineRecipe]
-PIPELINES = [path for path in RECIPES if kind(path) is c.PipelineRecipe]
+TRAINING = [path for path in RECIPES if kind(path) is not p.PipelineRecipe]
+PIPELINES = [path for path in RECIPES if kind(path) is p.PipelineRecipe]
 
 
 def label(path: Path) -> str:
@@ -77,7 +78,7 @@ def test_names_of_configurations_are_true(file):
 def test_every_pipeline_has_a_plan(path, tmp_path, monkeypatch):
     """Also where the data are not: folders and files that a user brings are stood in for."""
     monkeypatch.chdir(tmp_path)
-    config = recipe.load(path, c.PipelineRecipe)
+    config = recipe.load(path, p.PipelineRecipe)
     if config.input != "builtin":
         Path(config.input).mkdir(parents=True)
     for stage in config.stages:
@@ -99,7 +100,7 @@ def test_every_pipeline_has_a_plan(path, tmp_path, monkeypatch):
 def test_a_recipe_alone_and_in_its_pipeline_agree(path, tmp_path, monkeypatch):
     """What a pipeline sets is what the recipes say for themselves, so that both ways train the same."""
     monkeypatch.chdir(tmp_path)
-    config = recipe.load(path, c.PipelineRecipe)
+    config = recipe.load(path, p.PipelineRecipe)
     for stage in config.stages:
         if "/" in stage.negatives:
             Path(stage.negatives).parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,7 @@ def test_the_papers_recipes_are_the_papers():
         assert found.optimization == c.FinetuneRecipe("d", "o").optimization
         assert (found.negatives.per_query, found.negatives.depth) == (15, depth)
         assert (found.loss.lambda_docs, found.loss.query_weight) == (lambda_docs, pytest.approx(0.75 * lambda_docs))
-    stages = recipe.load(ROOT / "recipes/msmarco/pipeline.yaml", c.PipelineRecipe).stages
+    stages = recipe.load(ROOT / "recipes/msmarco/pipeline.yaml", p.PipelineRecipe).stages
     assert [stage.init for stage in stages] == ["pretrain"] * len(stages)
 
 
@@ -168,14 +169,14 @@ def fields(kind: type, prefix: str = "") -> dict[str, tuple]:
 
 
 def test_every_key_is_documented_and_no_other():
-    known = fields(c.PretrainRecipe) | fields(c.FinetuneRecipe) | fields(c.PipelineRecipe)
+    known = fields(c.PretrainRecipe) | fields(c.FinetuneRecipe) | fields(p.PipelineRecipe)
     written = {key for key in documented() if not key.endswith(".*") and not key.endswith(".yaml")}
     assert written == set(known)
 
 
 def test_documented_defaults_are_true():
     table = documented()
-    known = fields(c.PretrainRecipe) | fields(c.FinetuneRecipe) | fields(c.PipelineRecipe)
+    known = fields(c.PretrainRecipe) | fields(c.FinetuneRecipe) | fields(p.PipelineRecipe)
     compared = 0
     for key, default in known.items():
         cell = re.findall(r"`([^`]*)`", table[key])

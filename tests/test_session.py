@@ -12,7 +12,7 @@ from lexmae import artifact
 from lexmae.config import FinetuneRecipe, ModelConfig, NegativesConfig, OptimizationConfig, PretrainRecipe
 from lexmae.errors import InputError
 from lexmae.model import backbone
-from lexmae.train import session
+from lexmae.train import parts, session
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
         "max_position_embeddings": 32}
@@ -91,11 +91,11 @@ def test_a_finished_run_is_left_as_it_is(recipe, tmp_path, capsys):
 
 def test_a_model_from_scratch_fits_the_shards(tiny_shards):
     torch.manual_seed(3)
-    lm = session.build_lm(SCRATCH, tiny_shards)
+    lm = parts.build_lm(SCRATCH, tiny_shards)
     assert backbone.word_embeddings(lm).shape == (tiny_shards.vocab_size, 16)
     assert lm.config.pad_token_id == tiny_shards.special.pad
     torch.manual_seed(3)
-    again = session.build_lm(SCRATCH, tiny_shards)
+    again = parts.build_lm(SCRATCH, tiny_shards)
     assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), again.parameters(), strict=True))
 
 
@@ -103,18 +103,18 @@ def test_a_model_from_a_folder_keeps_its_weights(tiny_shards, model_dir):
     from transformers import AutoModelForMaskedLM
 
     expected = AutoModelForMaskedLM.from_pretrained(model_dir).state_dict()
-    found = session.build_lm(ModelConfig(init=str(model_dir)), tiny_shards).state_dict()
+    found = parts.build_lm(ModelConfig(init=str(model_dir)), tiny_shards).state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_a_model_that_cannot_read_the_shards_is_refused(tiny_shards, tmp_path):
     short = ModelConfig(init="scratch", size={**SIZE, "max_position_embeddings": MAX_LENGTH - 1})
     with pytest.raises(InputError, match=f"reads {MAX_LENGTH - 1} tokens, the shards hold up to {MAX_LENGTH}"):
-        session.build_lm(short, tiny_shards)
+        parts.build_lm(short, tiny_shards)
     few = backbone.create_masked_lm("bert", 50, {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}, SIZE)
     few.save_pretrained(tmp_path / "few")
     with pytest.raises(InputError, match="knows 50 tokens, the shards use a vocabulary of"):
-        session.build_lm(ModelConfig(init=str(tmp_path / "few")), tiny_shards)
+        parts.build_lm(ModelConfig(init=str(tmp_path / "few")), tiny_shards)
 
 
 def test_what_may_change_between_a_run_and_its_continuation(recipe):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lexmae import artifact, recipe
-from lexmae.config import FinetuneRecipe, PipelineRecipe, PretrainRecipe, StageConfig
+from lexmae.config import FinetuneRecipe, PretrainRecipe
+from lexmae.cycle.config import PipelineRecipe, StageConfig
 from lexmae.errors import InputError
 from lexmae.train import hardware
 

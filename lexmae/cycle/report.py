@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lexmae import artifact
-from lexmae.config import PipelineRecipe
+from lexmae.cycle.config import PipelineRecipe
 
 MEASURES = ("MRR@10", "nDCG@10", "Recall@100")
 _HEADER = ("", *MEASURES, "terms/doc", "terms/query", "index MB", "queries/s")

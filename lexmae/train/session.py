@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,12 @@ import torch
 from lexmae import artifact, recipe
 from lexmae.cli import say
 from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe
-from lexmae.data import draws
-from lexmae.data.batches import PretrainData, RankingData
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
-from lexmae.model import backbone
-from lexmae.model.encoder import SparseEncoder, save_masked_lm
-from lexmae.model.lexical_start import penalise_frequency, start_lexical
-from lexmae.model.pretrainer import Pretrainer
-from lexmae.train import hardware, schedules
+from lexmae.model.encoder import save_masked_lm
+from lexmae.train import hardware, parts, schedules
 from lexmae.train.hardware import Hardware
-from lexmae.train.objectives import PretrainObjective, RankingModel, RankingObjective
 
-_CPU_CHUNK = 32  # documents
 _WHERE_ONLY = ("output", "deepspeed", "logging")  # may change between a run and its continuation
 
 
@@ -85,9 +77,10 @@ def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> N
         engine.on_rank_zero(lambda: _open_output(output, config))
         shards = Shards.open(config.data)
         torch.manual_seed(config.optimization.seed)
-        lm = build_lm(config.model, shards)
+        lm = parts.build_lm(config.model, shards)
         rank = torch.distributed.get_rank()
-        model, objective, data = _parts(config, lm, shards, spread, rank, engine)
+        model, objective, data = parts.build(config, lm, shards, parts.Place(spread, rank, engine.gather,
+                                                                             engine.on_rank_zero))
         torch.manual_seed(config.optimization.seed + 1 + rank)  # dropout differs between ranks, weights do not
         run_engine = engine.Engine(model, spread, config.optimization, device)
         total = schedules.total_steps(config.optimization, data.size)
@@ -99,47 +92,6 @@ def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> N
         engine.on_rank_zero(lambda: _export(lm, state, config, shards, total))
     finally:
         engine.stop_processes()
-
-
-def build_lm(config: ModelConfig, shards: Shards) -> Any:
-    """The backbone of a recipe, checked against the shards' vocabulary and length."""
-    if config.init == "scratch":
-        special = {name: i for name, i in dataclasses.asdict(shards.special).items() if i is not None}
-        lm = backbone.create_masked_lm(config.architecture, shards.vocab_size, special, config.size)
-        if config.lexical_start:
-            start_lexical(lm)
-    else:
-        lm = backbone.load_masked_lm(config.init)
-    entries = backbone.word_embeddings(lm).shape[0]
-    if entries < shards.vocab_size:
-        raise InputError(f"knows {entries} tokens, the shards use a vocabulary of {shards.vocab_size}", config.init)
-    longest = max(shards.manifest.extra["max_length"], shards.manifest.extra["query_length"])
-    if backbone.max_length(lm) < longest:
-        raise InputError(f"reads {backbone.max_length(lm)} tokens, the shards hold up to {longest}", config.init)
-    if config.frequency_penalty:
-        frequency = torch.from_numpy(shards.docs.document_frequency(shards.vocab_size))
-        penalise_frequency(lm, frequency, len(shards.docs), config.frequency_penalty)
-    return lm
-
-
-def _parts(config: Any, lm: Any, shards: Shards, spread: Hardware, rank: int, engine: Any) -> tuple:
-    """Model, objective and data of the recipe's kind."""
-    common = {"seed": config.optimization.seed, "batch": config.optimization.batch, "rank": rank,
-              "world": spread.world}
-    if isinstance(config, PretrainRecipe):
-        model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source)
-        data = PretrainData(shards, config.masking, micro_batch=spread.micro_batch, **common)
-        return model, PretrainObjective(config.bottleneck), data
-    texts = config.optimization.batch // spread.world * (1 + config.negatives.per_query)
-    # Without a micro-batch nothing is recomputed; a CPU still gains from short texts that are not padded to long ones.
-    chunk = spread.micro_batch or (texts if torch.cuda.is_available() else _CPU_CHUNK)
-    lists = Path(config.output) / "negatives"
-    engine.on_rank_zero(lambda: draws.build(shards, config.split, config.negatives.path or None,
-                                            config.negatives.depth, lists))
-    data = RankingData(shards, config.split, draws.NegativeLists(lists), config.negatives, micro_batch=chunk,
-                       exclude_judged=config.loss.exclude_judged, **common)
-    model = RankingModel(SparseEncoder(lm), recompute=0 < spread.micro_batch < texts)
-    return model, RankingObjective(config.loss, engine.gather, spread.world), data
 
 
 def _learning(config: Any) -> dict[str, Any]:
