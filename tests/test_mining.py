@@ -30,9 +30,9 @@ def test_by_hand():
     run = Run.from_pairs({"q1": [("a", 4), ("b", 3), ("c", 2), ("d", 1)], "q2": [("a", 1)], "other": [("a", 1)]})
     qrels = {"q2": {"a": 1}, "q1": {"a": 1, "c": 2, "b": 0, "z": 1}, "q3": {"a": 1}, "q4": {"a": 0}}
     counts = Statistics()
-    assert list(mine_run(run, qrels, 2, counts)) == [("q1", ["b", "d"], None)]
+    assert list(mine_run(run, qrels, 2, counts)) == [("q1", ["b", "d"], None, None)]
     assert counts == Statistics(queries=1, negatives=2, dropped_positives=3, without_negatives=2, unjudged=1)
-    assert list(mine_run(run, qrels, 1)) == [("q1", ["b"], None)]
+    assert list(mine_run(run, qrels, 1)) == [("q1", ["b"], None, None)]
     with pytest.raises(InputError, match="at least 1"):
         list(mine_run(run, qrels, 0))
 
@@ -42,7 +42,7 @@ def test_no_positive_survives_and_the_order_stays():
     pairs = {f"q{i}": [(f"d{j}", chance.random()) for j in chance.sample(range(50), 30)] for i in range(40)}
     qrels = {f"q{i}": {f"d{j}": chance.choice([0, 1, 2]) for j in chance.sample(range(50), 10)} for i in range(40)}
     run, counts = Run.from_pairs(pairs), Statistics()
-    rows = {query: negatives for query, negatives, _ in mine_run(run, qrels, 12, counts)}
+    rows = {query: negatives for query, negatives, *_ in mine_run(run, qrels, 12, counts)}
     for query, negatives in rows.items():
         ranked = [d for d, _ in sorted(pairs[query], key=lambda p: -p[1]) if qrels[query].get(d, 0) < 1]
         assert negatives == ranked[:12]
@@ -77,7 +77,7 @@ def test_command_mines_bm25(folder, tmp_path, capsys):
     command("mine")(["--bm25", str(folder), "--split", "train", "--qrels", str(folder / "qrels/train.tsv"),
                      "--output", str(tmp_path / "n.jsonl"), "--run-output", str(tmp_path / "r.trec"),
                      "--json", str(tmp_path / "b.json"), "--threads", "1"])
-    assert {q: set(n) for q, n, _ in read_negatives(tmp_path / "n.jsonl")} == {"q1": {"p2", "p4"}}
+    assert {q: set(n) for q, n, *_ in read_negatives(tmp_path / "n.jsonl")} == {"q1": {"p2", "p4"}}
     assert read_run(tmp_path / "r.trec").documents("q1")[0] == "p1"
     assert {"queries_per_second", "terms_docs", "terms_queries", "index_bytes"} <= set(
         json.loads((tmp_path / "b.json").read_text()))
@@ -98,11 +98,11 @@ def test_command_mines_a_run(tmp_path):
     arguments = ["--run", str(tmp_path / "r"), "--qrels", str(tmp_path / "q.tsv"),
                  "--output", str(tmp_path / "n.jsonl")]
     command("mine")(arguments)
-    assert list(read_negatives(tmp_path / "n.jsonl")) == [("q", ["a", "c"], None)]
+    assert list(read_negatives(tmp_path / "n.jsonl")) == [("q", ["a", "c"], None, None)]
     with pytest.raises(InputError, match="already exists"):
         command("mine")(arguments)
     command("mine")([*arguments, "--overwrite", "--depth", "1"])
-    assert list(read_negatives(tmp_path / "n.jsonl")) == [("q", ["a"], None)]
+    assert list(read_negatives(tmp_path / "n.jsonl")) == [("q", ["a"], None, None)]
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [

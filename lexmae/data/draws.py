@@ -34,7 +34,7 @@ def build(shards: Shards, split: str, source: str | Path | None, depth: int, out
     positives = _positives(shards, split)
     lists: list[np.ndarray] = [np.zeros(0, np.int32)] * len(queries)
     row_of = {identifier: row for row, identifier in enumerate(queries.ids())}
-    for qid, names, _ in progress(read_negatives(source) if source else (), desc="negatives", unit="queries"):
+    for qid, names, *_ in progress(read_negatives(source) if source else (), desc="negatives", unit="queries"):
         row = row_of.get(qid)
         if row is None or not len(positives[row]):
             continue

@@ -3,7 +3,7 @@ written.
 
 | format | told by | a row |
 |---|---|---|
-| own | JSON lines with `negatives` | `{"qid", "negatives": [docid…], "scores": [float…]?}` |
+| own | JSON lines, `negatives` | `{"qid", "negatives": [docid…], "scores": [score…]?, "positives": {docid: score}?}` |
 | sentence-transformers | JSON lines with `neg` | `{"qid", "pos": [id…], "neg": {system: [id…]}}` |
 | MS MARCO `train.negatives.tsv` | two tab-separated columns | `qid, "pid,pid,…"` |
 | MS MARCO `top1000.*` | four tab-separated columns | `qid, pid, query, passage` |
@@ -11,7 +11,8 @@ written.
 | research code's pickle | name ends with `.pkl` | `{qid: [pid…]}` |
 
 Scores are a teacher's: retrieval scores (of a run, of a pickle) are not passed on, since a student must not
-learn them by accident.
+learn them by accident. `positives` are the teacher's scores of the judged positives, which distillation and
+filters compare with.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pickle
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 from lexmae import artifact
 from lexmae.data.lines import (
@@ -35,28 +37,39 @@ from lexmae.data.lines import (
 )
 from lexmae.errors import InputError
 
-Row = tuple[str, list[str], "list[float] | None"]
+
+class Row(NamedTuple):
+    """The negatives of a query, best first, with a teacher's scores of them and of its positives, where known."""
+
+    qid: str
+    negatives: list[str]
+    scores: list[float] | None = None
+    positives: dict[str, float] | None = None
 
 
 def read_negatives(path: str | Path) -> Iterator[Row]:
-    """Rows (query id, document ids best first, teacher scores or None), one per query.
+    """One `Row` per query.
 
     Raises InputError for a format that is not known, an empty file, a bad line and a repeated query.
     """
     seen: set[str] = set()
     for line, row in _rows(Path(path)):
-        if row[0] in seen:
-            raise InputError(f"repeated query {row[0]!r}", path=path, line=line)
-        seen.add(row[0])
+        if row.qid in seen:
+            raise InputError(f"repeated query {row.qid!r}", path=path, line=line)
+        seen.add(row.qid)
         yield row
     if not seen:
         raise InputError("no negatives in this file", path=path)
 
 
-def write_negatives(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write the project's own JSON lines; the file appears under its name when it is complete."""
+def write_negatives(path: str | Path, rows: Iterable[Row | tuple]) -> None:
+    """Write the project's own JSON lines; the file appears under its name when it is complete.
+
+    Args:
+        rows: `Row`s, or tuples of their first fields.
+    """
     with artifact.atomic_file(path, "w", encoding="utf-8", newline="\n") as file:
-        for qid, negatives, scores in rows:
+        for qid, negatives, scores, positives in (Row(*values) for values in rows):
             row: dict = {"qid": qid, "negatives": list(negatives)}
             if scores is not None:
                 if len(scores) != len(row["negatives"]):
@@ -64,6 +77,8 @@ def write_negatives(path: str | Path, rows: Iterable[Row]) -> None:
                         f"query {qid!r}: {len(row['negatives'])} negatives but {len(scores)} scores"
                     )
                 row["scores"] = [float(score) for score in scores]
+            if positives is not None:
+                row["positives"] = {name: float(score) for name, score in positives.items()}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -96,24 +111,28 @@ def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
     for line, row in read_objects(path):
         qid = check_id(row.get("qid"), "qid", path, line)
         if "negatives" in row:
-            yield line, (qid, *_own_row(row, path, line))
+            yield line, Row(qid, *_own_row(row, path, line))
         elif isinstance(row.get("neg"), dict):
-            yield line, (qid, *_system_row(row, path, line))
+            yield line, Row(qid, *_system_row(row, path, line))
         else:
             raise InputError('expected a list "negatives" or an object "neg"', path=path, line=line)
 
 
-def _own_row(row: dict, path: Path, line: int) -> tuple[list[str], list[float] | None]:
-    ids = _id_list(row["negatives"], path, line)
-    scores = row.get("scores")
+def _own_row(row: dict, path: Path, line: int) -> tuple[list[str], list[float] | None, dict[str, float] | None]:
+    ids, scores, positives = _id_list(row["negatives"], path, line), row.get("scores"), row.get("positives")
+    if positives is not None:
+        if not isinstance(positives, dict):
+            raise InputError("positives: an object of document ids and scores is needed", path=path, line=line)
+        positives = {check_id(name, "document id", path, line): check_score(score, "score", path, line)
+                     for name, score in positives.items()}
     if scores is None:
-        return ids, None
+        return ids, None, positives
     if not isinstance(scores, list) or len(scores) != len(ids):
         found = f"{len(scores)} scores" if isinstance(scores, list) else "no list"
         raise InputError(
             f"scores: expected one for each of {len(ids)} negatives, found {found}", path=path, line=line
         )
-    return ids, [check_score(score, "score", path, line) for score in scores]
+    return ids, [check_score(score, "score", path, line) for score in scores], positives
 
 
 def _system_row(row: dict, path: Path, line: int) -> tuple[list[str], list[float] | None]:
@@ -148,7 +167,7 @@ def _entries(entries: object, path: Path, line: int) -> list[tuple[str, float | 
 
 def _read_lists(path: Path) -> Iterator[tuple[int, Row]]:
     for line, (qid, pids) in read_tsv(path, "qid", "pid,pid,…"):
-        yield line, (check_id(qid, "qid", path, line), _id_list(pids.split(","), path, line), None)
+        yield line, Row(check_id(qid, "qid", path, line), _id_list(pids.split(","), path, line))
 
 
 def _read_candidates(path: Path) -> Iterator[tuple[None, Row]]:
@@ -160,7 +179,7 @@ def _read_candidates(path: Path) -> Iterator[tuple[None, Row]]:
         qid = check_id(qid, "qid", path, line)
         gathered.setdefault(qid, {})[check_id(pid, "pid", path, line)] = None
     for qid, pids in gathered.items():
-        yield None, (qid, list(pids), None)
+        yield None, Row(qid, list(pids))
 
 
 def _read_run(path: Path) -> Iterator[tuple[None, Row]]:
@@ -178,7 +197,7 @@ def _read_run(path: Path) -> Iterator[tuple[None, Row]]:
             raise InputError(f"repeated document {docid!r} for query {qid!r}", path=path, line=line)
         ranking[docid] = check_score(score, "score", path, line)
     for qid, ranking in gathered.items():
-        yield None, (qid, sorted(ranking, key=lambda docid: (-ranking[docid], docid)), None)
+        yield None, Row(qid, sorted(ranking, key=lambda docid: (-ranking[docid], docid)))
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -210,7 +229,7 @@ def _read_pickle(path: Path) -> Iterator[tuple[None, Row]]:
                 f"query {qid!r}: expected a list of ids, found {type(entries).__name__}", path=path
             )
         pids = [entry[0] if isinstance(entry, (list, tuple)) and entry else entry for entry in entries]
-        yield None, (check_id(qid, "query id", path, None), _id_list(pids, path, None), None)
+        yield None, Row(check_id(qid, "query id", path, None), _id_list(pids, path, None))
 
 
 def _id_list(values: object, path: Path, line: int | None) -> list[str]:

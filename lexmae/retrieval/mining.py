@@ -12,6 +12,7 @@ from pathlib import Path
 from lexmae import artifact
 from lexmae.cli import say
 from lexmae.data.corpus import Corpus, Query
+from lexmae.data.negatives import Row
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.retrieval.bm25 import Bm25, token_rows
@@ -46,8 +47,8 @@ class Statistics:
 
 
 def mine_run(run: Run, qrels: Qrels, depth: int = DEPTH,
-             statistics: Statistics | None = None) -> Iterator[tuple[str, list[str], None]]:
-    """Rows (query id, negatives best first, no scores): the first ``depth`` documents that are not judged relevant.
+             statistics: Statistics | None = None) -> Iterator[Row]:
+    """Rows without scores: the first ``depth`` documents that are not judged relevant.
 
     Only queries with a positive judgement are of use to training; they come in the order of the judgements.
     """
@@ -66,7 +67,7 @@ def mine_run(run: Run, qrels: Qrels, depth: int = DEPTH,
             continue
         counts.queries += 1
         counts.negatives += len(negatives)
-        yield query, negatives, None
+        yield Row(query, negatives)
 
 
 @dataclass(frozen=True)
