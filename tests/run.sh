@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/install.sh
-install_lexmae "[dev,anserini]"
+install_lexmae "[all]"
 if [ "${1:-}" = "--fast" ]; then
     shift
     exec .venv/bin/python -m pytest -m "not slow" "$@"
