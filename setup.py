@@ -1,4 +1,4 @@
-"""Installation of lexmae: `pip install -e .`, with extras `anserini`, `dense`, `seismic`, `plots`, `demo`, `dev` or `all`."""
+"""Installation of lexmae: `pip install -e .`, with the extras below, or `all` of them."""
 
 import re
 from pathlib import Path
