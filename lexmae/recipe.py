@@ -144,7 +144,7 @@ def _convert(hint: Any, value: Any, where: tuple, path: Path, lines: Mapping, fa
             return None
         return _convert(next(a for a in arguments if a is not types.NoneType), value, where, path, lines, fail, None)
     if origin is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             fail("a list is needed", where)
         return tuple(_convert(arguments[0], item, (*where, str(i)), path, lines, fail, None)
                      for i, item in enumerate(value))

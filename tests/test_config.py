@@ -83,7 +83,11 @@ def test_the_weight_of_queries_may_be_given_and_may_be_zero():
     (p.StageConfig, {"name": "s", "recipe": "r", "mine_depth": 0}, "mine_depth"),
     (p.StageConfig, {"name": "../s", "recipe": "r"}, "name"),
     (p.StageConfig, {"name": "", "recipe": "r"}, "name"),
-    (p.PrepareConfig, {}, "tokenizer"),
+    (p.EvaluationConfig, {"more_splits": ("dev",)}, "more_splits"),
+    (p.EvaluationConfig, {"zero_shot": (p.CollectionConfig("a", "x"), p.CollectionConfig("a", "y"))}, "zero_shot"),
+    (p.EvaluationConfig, {"zero_shot": (p.CollectionConfig("dev", "x"),)}, "zero_shot"),
+    (p.CollectionConfig, {"name": "../x", "input": "x"}, "name"),
+    (p.PipelineRecipe, {"input": "x", "work": "w", "prepare": p.PrepareConfig()}, "prepare"),
     (p.PrepareConfig, {"tokenizer": "t", "train_tokenizer": 300}, "tokenizer"),
 ])
 def test_a_value_out_of_range_is_refused(kind, values, named):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 
 from lexmae import artifact
 from lexmae.cycle import report
-from lexmae.cycle.config import EvaluationConfig, PipelineRecipe, PrepareConfig, StageConfig
+from lexmae.cycle.config import CollectionConfig, EvaluationConfig, PipelineRecipe, PrepareConfig, StageConfig
 from lexmae.cycle.plan import Plan, Step
 from lexmae.cycle.runner import Runner
 from lexmae.errors import InputError
@@ -129,6 +130,36 @@ def test_two_stages_mined_from_one_share_the_longer_list(folder):
 def test_training_and_measuring_on_one_split(folder):
     steps = plan(folder, pipeline(ONE, TWO, evaluation=EvaluationConfig(split="all", train_split="all")))
     assert "one-all-encode" not in steps and option(steps["one-all-search"], "--queries") == "work/one/vectors-all"
+
+
+def test_further_splits_and_collections_are_measured(folder):
+    (folder / "other").mkdir()
+    evaluation = EvaluationConfig(more_splits=("held-out",), zero_shot=(CollectionConfig("far", "other"),))
+    steps = plan(folder, pipeline(ONE, TWO, evaluation=evaluation))
+    assert option(steps["prepare-far"], "--tokenizer") == "work/shards/tokenizer"
+    assert Path("work/shards") in steps["prepare-far"].inputs
+    for model in ("one", "two"):
+        assert option(steps[f"{model}-held-out-queries"], "--split") == "held-out"
+        assert f"{model}-held-out-docs" not in steps, "the documents are the same"
+        assert option(steps[f"{model}-held-out-search"], "--index") == f"work/{model}/index"
+        assert option(steps[f"{model}-held-out-evaluate"], "--qrels") == "work/shards/qrels/held-out.tsv"
+        assert option(steps[f"{model}-far-docs"], "--data") == "work/zero-shot/far"
+        assert option(steps[f"{model}-far-search"], "--index") == f"work/{model}/far/index"
+        assert option(steps[f"{model}-far-evaluate"], "--qrels") == "work/zero-shot/far/qrels/test.tsv"
+    assert option(steps["bm25-far"], "--bm25") == "other" and option(steps["bm25-held-out"], "--split") == "held-out"
+    absent = EvaluationConfig(zero_shot=(CollectionConfig("far", "nowhere"),))
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        plan(folder, pipeline(ONE, evaluation=absent))
+
+
+def test_a_backbone_takes_the_place_of_the_recipes_own(folder):
+    bare = StageConfig("bare", "stage.yaml", init="backbone")
+    steps = plan(folder, pipeline(bare, ONE, TWO, backbone="some/backbone", prepare=PrepareConfig()))
+    assert option(steps["prepare"], "--tokenizer") == "some/backbone"
+    inits = {name: settings(steps[name])["model.init"] for name in ("pretrain", "bare", "one", "two")}
+    assert inits == {"pretrain": "some/backbone", "bare": "some/backbone", "one": "work/pretrain/model",
+                     "two": "work/one/model"}
+    assert settings(plan(folder, pipeline(ONE, backbone="b", pretrain=None))["one"])["model.init"] == "b"
 
 
 def test_another_hardware_configuration(folder):
@@ -350,7 +381,7 @@ def write_json(path: Path, content) -> None:
 def figures(tmp_path) -> PipelineRecipe:
     """What the steps of a pipeline with one stage leave."""
     work = tmp_path / "work"
-    means = {"MRR@10": 0.25, "nDCG@10": 0.3, "Recall@100": 0.5, "MAP": 0.1}
+    means = {"MRR@10": 0.25, "nDCG@10": 0.3, "Recall@100": 0.5, "Recall@1000": 0.6, "MAP": 0.1}
     write_json(work / "bm25" / "metrics.json", {"means": means})
     write_json(work / "bm25" / "bm25.json", {"terms_docs": 40.25, "terms_queries": 3.5, "index_bytes": 2_000_000,
                                              "queries_per_second": 1234.6})
@@ -367,12 +398,29 @@ def figures(tmp_path) -> PipelineRecipe:
 def test_the_table(figures):
     text = report.write(figures, {"prepare": 1.5})
     assert text.splitlines() == [
-        "|      | MRR@10 | nDCG@10 | Recall@100 | terms/doc | terms/query | index MB | queries/s |",
-        "|------|-------:|--------:|-----------:|----------:|------------:|---------:|----------:|",
-        "| BM25 | 0.2500 |  0.3000 |     0.5000 |      40.2 |         3.5 |      2.0 |      1235 |",
-        "| one  | 0.3500 |  0.4000 |     0.6000 |     120.0 |        12.0 |      3.4 |       100 |"]
+        "|      | MRR@10 | nDCG@10 | Recall@100 | Recall@1000 | terms/doc | terms/query | index MB | queries/s |",
+        "|------|-------:|--------:|-----------:|------------:|----------:|------------:|---------:|----------:|",
+        "| BM25 | 0.2500 |  0.3000 |     0.5000 |      0.6000 |      40.2 |         3.5 |      2.0 |      1235 |",
+        "| one  | 0.3500 |  0.4000 |     0.6000 |      0.7000 |     120.0 |        12.0 |      3.4 |       100 |"]
     work = Path(figures.work)
     assert (work / "results.md").read_text() == text + "\n"
     written = json.loads((work / "results.json").read_text())
     assert written["seconds"] == {"prepare": 1.5} and written["results"]["one"]["index_bytes"] == 3_400_000
     assert written["results"]["BM25"]["MRR@10"] == 0.25 and "python" in written["versions"]
+
+
+def test_further_splits_and_collections_have_tables_of_their_own(figures):
+    work = Path(figures.work)
+    for row, value in (("bm25", 0.5), ("one", 0.75)):
+        for file in ("metrics-test.json", "other/metrics.json"):
+            write_json(work / row / file, {"means": dict.fromkeys(report.MEASURES, value)})
+    evaluation = EvaluationConfig(more_splits=("test",), zero_shot=(CollectionConfig("other", "text"),))
+    text = report.write(dataclasses.replace(figures, evaluation=evaluation), {})
+    first, *further = text.split("\n\n")
+    assert "terms/doc" in first and "terms/doc" not in "".join(further)
+    assert further[1].splitlines() == [
+        "| other | MRR@10 | nDCG@10 | Recall@100 | Recall@1000 |",
+        "|-------|-------:|--------:|-----------:|------------:|",
+        "| BM25  | 0.5000 |  0.5000 |     0.5000 |      0.5000 |",
+        "| one   | 0.7500 |  0.7500 |     0.7500 |      0.7500 |"]
+    assert json.loads((work / "results.json").read_text())["further"]["test"]["one"]["MRR@10"] == 0.75

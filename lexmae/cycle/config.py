@@ -10,9 +10,15 @@ from lexmae.config import require
 ENGINES = ("exact", "anserini")
 
 
+def _require_name(name: str) -> None:
+    require(re.fullmatch(r"\w[\w.-]*", name) is not None,
+            f"name: '{name}' names a folder; letters, digits, '.', '_' and '-' are needed")
+
+
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Settings of the shards that a pipeline makes: a tokenizer to use, or the entries of one to train."""
+    """Settings of the shards that a pipeline makes: a tokenizer to use, the entries of one to train, or neither where
+    the pipeline's backbone brings its own."""
 
     tokenizer: str | None = None
     train_tokenizer: int | None = None
@@ -20,8 +26,8 @@ class PrepareConfig:
     query_length: int = 32
 
     def __post_init__(self):
-        require((self.tokenizer is None) != (self.train_tokenizer is None),
-                 "tokenizer or train_tokenizer: exactly one of the two is needed")
+        require(self.tokenizer is None or self.train_tokenizer is None,
+                "tokenizer or train_tokenizer: only one of the two")
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class StageConfig:
     Attributes:
         name: its name in the results and under the work folder.
         recipe: recipe file, relative to the pipeline's.
-        init: ``pretrain`` or the name of an earlier stage.
+        init: ``pretrain``, the name of an earlier stage, or ``backbone``: the pipeline's backbone, without
+            pre-training.
         negatives: ``bm25``, the name of an earlier stage, or a file of negatives.
         mine_depth: depth of the list of negatives that is mined for it.
     """
@@ -43,17 +50,47 @@ class StageConfig:
     mine_depth: int = 512
 
     def __post_init__(self):
-        require(re.fullmatch(r"\w[\w.-]*", self.name) is not None,
-                 f"name: '{self.name}' names a folder; letters, digits, '.', '_' and '-' are needed")
+        _require_name(self.name)
         require(self.mine_depth >= 1, "mine_depth: at least 1 is needed")
 
 
 @dataclass(frozen=True)
+class CollectionConfig:
+    """Another collection, on which every stage is measured and nothing is trained.
+
+    Attributes:
+        name: its name in the results and in folders.
+        input: what ``tools/prepare.py --input`` takes.
+        split: whose queries and judgements are taken.
+    """
+
+    name: str
+    input: str
+    split: str = "test"
+
+    def __post_init__(self):
+        _require_name(self.name)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
-    """How a pipeline measures: the split with judgements, the engine, documents retrieved, top-k pruning."""
+    """How a pipeline measures.
+
+    Attributes:
+        split: queries with judgements, the first to be measured.
+        train_split: queries that are trained on.
+        more_splits: further splits of the same collection to measure.
+        zero_shot: further collections to measure.
+        engine: search engine.
+        hits: documents retrieved per query.
+        top_k_docs, top_k_queries: keep this many of the largest weights.
+        batch_tokens: padded tokens per batch when encoding.
+    """
 
     split: str = "dev"
     train_split: str = "train"
+    more_splits: tuple[str, ...] = ()
+    zero_shot: tuple[CollectionConfig, ...] = ()
     engine: str = "exact"
     hits: int = 1000
     top_k_docs: int | None = None
@@ -62,6 +99,11 @@ class EvaluationConfig:
 
     def __post_init__(self):
         require(self.engine in ENGINES, f"engine: one of {', '.join(ENGINES)} is needed")
+        splits = (self.split, *self.more_splits)
+        require(len(set(splits)) == len(splits), "more_splits: a split is measured once")
+        names = [collection.name for collection in self.zero_shot]
+        require(len(set(names)) == len(names), "zero_shot: two collections have the same name")
+        require(not set(names) & {*splits, self.train_split}, "zero_shot: a collection has the name of a split")
         for name in ("hits", "top_k_docs", "top_k_queries", "batch_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}: at least 1 is needed")
@@ -69,21 +111,33 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class PipelineRecipe:
-    """The whole cycle: ``input`` is ``builtin`` or what ``tools/prepare.py --input`` takes."""
+    """The whole cycle.
+
+    Attributes:
+        input: ``builtin``, or what ``tools/prepare.py --input`` takes.
+        work: folder of everything that is made.
+        backbone: hub name or folder that takes the place of ``model.init`` in the recipes that start from no earlier
+            step, and of ``prepare.tokenizer`` where that is not given.
+        pretrain: recipe of pre-training, none without it.
+        builtin_passages: most passages of the built-in corpus.
+    """
 
     input: str
     work: str
     prepare: PrepareConfig
+    backbone: str | None = None
     pretrain: str | None = "pretrain.yaml"
     stages: tuple[StageConfig, ...] = ()
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     builtin_passages: int | None = None
 
     def __post_init__(self):
-        known = {"pretrain"}  # without pre-training, it stands for the stage recipe's own weights
+        require(self.prepare.tokenizer or self.prepare.train_tokenizer or self.backbone,
+                "prepare: tokenizer or train_tokenizer is needed, or a backbone that brings its own")
+        known = {"pretrain", "backbone"}  # without pre-training, it stands for the stage recipe's own weights
         for stage in self.stages:
-            taken = known | {"bm25", "corpus", "shards"}
+            taken = known | {"bm25", "corpus", "shards", "zero-shot"}
             require(stage.name not in taken, f"stages: the name '{stage.name}' is taken")
             require(stage.init in known,
-                     f"stages: {stage.name} starts from '{stage.init}', which is not an earlier step")
+                        f"stages: {stage.name} starts from '{stage.init}', which is not an earlier step")
             known.add(stage.name)

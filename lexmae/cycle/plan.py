@@ -15,6 +15,40 @@ from lexmae.train import hardware
 _SPARE_HITS = 50  # retrieved beyond the depth of negatives, since judged positives are dropped
 
 
+@dataclass(frozen=True)
+class Target:
+    """Something that every stage is measured on.
+
+    Attributes:
+        name: in the results; empty for the pipeline's own split.
+        folder: below a stage's folder, where what is measured lies.
+        text: the collection.
+        shards: its shards.
+        split: its queries.
+    """
+
+    name: str
+    folder: str
+    text: Path
+    shards: Path
+    split: str
+
+    @property
+    def infix(self) -> str:
+        """What it adds to the names of steps."""
+        return f"-{self.name}" if self.name else ""
+
+    @property
+    def qrels(self) -> Path:
+        """Its judgements, as the shards keep them."""
+        return self.shards / "qrels" / f"{self.split}.tsv"
+
+    @property
+    def file(self) -> str:
+        """What it adds to the names of files beside those of the pipeline's own split."""
+        return "" if self.folder or not self.name else f"-{self.split}"
+
+
 @dataclass
 class Step:
     """One command of the cycle.
@@ -59,9 +93,11 @@ class Plan:
         self._stages_done: list[str] = []
         self.shards = self.work / "shards"
         self.corpus = self._add_corpus()
-        self._add_prepare()
+        self._add_prepare("prepare", self.corpus, self.shards)
+        self.targets = self._add_targets()
         if config.pretrain:
-            self._add_training("pretrain", "launch/pretrain.py", folder / config.pretrain, PretrainRecipe, {}, [])
+            backbone = {"model.init": config.backbone} if config.backbone else {}
+            self._add_training("pretrain", "launch/pretrain.py", folder / config.pretrain, PretrainRecipe, backbone, [])
         self._add_bm25()
         for stage in config.stages:
             self._add_stage(stage)
@@ -78,22 +114,41 @@ class Plan:
 
     def _add_corpus(self) -> Path:
         if self.config.input != "builtin":
-            if not Path(self.config.input).is_dir() and self.config.input.count("/") != 1:
-                raise InputError("no such folder", self.config.input)
-            return Path(self.config.input)
+            return self._text(self.config.input)
         output = self.work / "corpus"
         limit = self.config.builtin_passages
         command = ["-m", "lexmae.data.builtin", "--output", str(output)]
         return self._add("corpus", command + (["--max-passages", str(limit)] if limit else []), output,
                          settings=artifact.versions())
 
-    def _add_prepare(self) -> None:
+    @staticmethod
+    def _text(name: str) -> Path:
+        """A folder, or what may be the name of a dataset."""
+        if not Path(name).is_dir() and name.count("/") != 1:
+            raise InputError("no such folder", name)
+        return Path(name)
+
+    def _add_prepare(self, name: str, text: Path, shards: Path) -> Path:
         settings = self.config.prepare
-        command = ["tools/prepare.py", "--input", str(self.corpus), "--output", str(self.shards),
+        command = ["tools/prepare.py", "--input", str(text), "--output", str(shards),
                    "--max-length", str(settings.max_length), "--query-length", str(settings.query_length)]
-        command += (["--tokenizer", settings.tokenizer] if settings.tokenizer
-                    else ["--train-tokenizer", str(settings.train_tokenizer)])
-        self._add("prepare", command, self.shards, [self.corpus])
+        if shards != self.shards:  # another collection is read with the tokenizer of this one
+            return self._add(name, [*command, "--tokenizer", str(self.shards / "tokenizer")], shards,
+                             [text, self.shards])
+        tokenizer = settings.tokenizer or (None if settings.train_tokenizer else self.config.backbone)
+        command += (["--tokenizer", tokenizer] if tokenizer else ["--train-tokenizer", str(settings.train_tokenizer)])
+        return self._add(name, command, shards, [text])
+
+    def _add_targets(self) -> list[Target]:
+        """What is measured: the split, further splits, further collections with shards of their own."""
+        evaluation = self.config.evaluation
+        found = [Target("", "", self.corpus, self.shards, evaluation.split)]
+        found += [Target(split, "", self.corpus, self.shards, split) for split in evaluation.more_splits]
+        for other in evaluation.zero_shot:
+            text = self._text(other.input)
+            shards = self._add_prepare(f"prepare-{other.name}", text, self.work / "zero-shot" / other.name)
+            found.append(Target(other.name, other.name, text, shards, other.split))
+        return found
 
     def _add_training(self, name: str, script: str, file: Path, kind: type, overrides: dict[str, str],
                       inputs: list[Path]) -> Path:
@@ -116,10 +171,13 @@ class Plan:
 
     def _add_bm25(self) -> None:
         evaluation, folder = self.config.evaluation, self.work / "bm25"
-        run = self._add("bm25", ["tools/mine.py", "--bm25", str(self.corpus), "--split", evaluation.split,
-                                 "--hits", str(evaluation.hits), "--run-output", str(folder / "run.trec"),
-                                 "--json", str(folder / "bm25.json")], folder / "run.trec", [self.corpus, self.shards])
-        self._add_evaluation("bm25", run)
+        for target in self.targets:
+            run = folder / target.folder / f"run{target.file}.trec"
+            self._add(f"bm25{target.infix}", [
+                "tools/mine.py", "--bm25", str(target.text), "--split", target.split, "--hits", str(evaluation.hits),
+                "--run-output", str(run), "--json", str(run.with_name(f"bm25{target.file}.json"))],
+                run, [target.text, target.shards])
+            self._add_evaluation("bm25", run, target)
         depths = [stage.mine_depth for stage in self.config.stages if stage.negatives == "bm25"]
         if depths:
             split = evaluation.train_split
@@ -128,11 +186,11 @@ class Plan:
                 "--depth", str(max(depths)), "--output", str(folder / "negatives.jsonl")],
                 folder / "negatives.jsonl", [self.corpus, self.shards])
 
-    def _add_evaluation(self, name: str, run: Path) -> None:
-        qrels = self.qrels(self.config.evaluation.split)
-        output = self.work / name / "metrics.json"
-        self._add(f"{name}-evaluate", ["tools/evaluate.py", "--run", str(run), "--qrels", str(qrels),
-                                       "--json", str(output)], output, [run, self.shards])
+    def _add_evaluation(self, name: str, run: Path, target: Target) -> None:
+        output = run.with_name(f"metrics{target.file}.json")
+        self._add(f"{name}{target.infix}-evaluate", [
+            "tools/evaluate.py", "--run", str(run), "--qrels", str(target.qrels), "--json", str(output)], output,
+            [run, target.shards])
 
     def _negatives(self, stage: StageConfig) -> Path:
         """The file of negatives of a stage, mined with an earlier stage's model where it names one."""
@@ -146,44 +204,56 @@ class Plan:
         source, split = stage.negatives, self.config.evaluation.train_split
         name, folder = f"{source}-{split}", self.work / source
         depth = max(other.mine_depth for other in self.config.stages if other.negatives == source)
-        vectors = self._add_encode(f"{name}-encode", source, "queries", split)
-        run = self._add_search(f"{name}-search", source, vectors, folder / f"{split}.trec", depth + _SPARE_HITS)
+        training = Target(split, "", self.corpus, self.shards, split)
+        vectors = self._add_encode(f"{name}-encode", source, "queries", training)
+        run = self._add_search(f"{name}-search", vectors, folder / "index", folder / f"{split}.trec",
+                               depth + _SPARE_HITS)
         output = folder / "negatives.jsonl"
         return self._add(f"{source}-negatives", [
             "tools/mine.py", "--run", str(run), "--qrels", str(self.qrels(split)), "--depth", str(depth),
             "--output", str(output)], output, [run, self.shards])
 
+    def _init(self, name: str) -> str | None:
+        """What a training starts from: an earlier step's model, the backbone, or None for what its recipe says."""
+        if name == "backbone" or (name == "pretrain" and self.config.pretrain is None):
+            return self.config.backbone
+        return str(self.work / name / "model")
+
     def _add_stage(self, stage: StageConfig) -> None:
         negatives = self._negatives(stage)
-        init = "" if self.config.pretrain is None and stage.init == "pretrain" else self.work / stage.init / "model"
         overrides = {"negatives.path": str(negatives), "split": self.config.evaluation.train_split}
+        init = self._init(stage.init)
         if init:
-            overrides["model.init"] = str(init)
+            overrides["model.init"] = init
         self._add_training(stage.name, "launch/finetune.py", self.folder / stage.recipe, FinetuneRecipe, overrides,
-                           [negatives, *([init] if init else [])])
-        docs = self._add_encode(f"{stage.name}-docs", stage.name, "docs", None)
-        queries = self._add_encode(f"{stage.name}-queries", stage.name, "queries", self.config.evaluation.split)
-        self._add(f"{stage.name}-index", ["tools/index.py", "--vectors", str(docs), "--engine",
-                                          self.config.evaluation.engine, "--output",
-                                          str(self.work / stage.name / "index")],
-                  self.work / stage.name / "index", [docs])
-        run = self._add_search(f"{stage.name}-search", stage.name, queries, self.work / stage.name / "run.trec",
-                               self.config.evaluation.hits)
-        self._add_evaluation(stage.name, run)
+                           [negatives, *([Path(init)] if init and init != self.config.backbone else [])])
+        for target in self.targets:
+            self._add_measuring(stage.name, target)
         self._stages_done.append(stage.name)
 
-    def _add_encode(self, name: str, model: str, side: str, split: str | None) -> Path:
+    def _add_measuring(self, model: str, target: Target) -> None:
+        """Encode, index, search and evaluate with a stage's model."""
+        folder, infix = self.work / model / target.folder, target.infix
+        docs = self._add_encode(f"{model}{infix}-docs", model, "docs", target)
+        queries = self._add_encode(f"{model}{infix}-queries", model, "queries", target)
+        index = self._add(f"{model}{infix}-index", [
+            "tools/index.py", "--vectors", str(docs), "--engine", self.config.evaluation.engine, "--output",
+            str(folder / "index")], folder / "index", [docs])
+        run = self._add_search(f"{model}{infix}-search", queries, index, folder / f"run{target.file}.trec",
+                               self.config.evaluation.hits)
+        self._add_evaluation(model, run, target)
+
+    def _add_encode(self, name: str, model: str, side: str, target: Target) -> Path:
         evaluation, folder = self.config.evaluation, self.work / model
-        output = folder / ("vectors-docs" if side == "docs" else f"vectors-{split}")
-        command = ["tools/encode.py", "--model", str(folder / "model"), "--data", str(self.shards), "--side", side,
+        output = folder / target.folder / ("vectors-docs" if side == "docs" else f"vectors-{target.split}")
+        command = ["tools/encode.py", "--model", str(folder / "model"), "--data", str(target.shards), "--side", side,
                    "--output", str(output), "--batch-tokens", str(evaluation.batch_tokens)]
-        command += ["--split", split] if split else []
+        command += ["--split", target.split] if side == "queries" else []
         top_k = evaluation.top_k_docs if side == "docs" else evaluation.top_k_queries
         command += ["--top-k", str(top_k)] if top_k else []
-        return self._add(name, command, output, [folder / "model", self.shards], trains=True, resumes=True)
+        return self._add(name, command, output, [folder / "model", target.shards], trains=True, resumes=True)
 
-    def _add_search(self, name: str, model: str, queries: Path, run: Path, hits: int) -> Path:
-        index = self.work / model / "index"
+    def _add_search(self, name: str, queries: Path, index: Path, run: Path, hits: int) -> Path:
         return self._add(name, ["tools/search.py", "--index", str(index), "--queries", str(queries), "--hits",
                                 str(hits), "--output", str(run), "--json", str(run.with_suffix(".json"))],
                          run, [index, queries])

@@ -9,22 +9,24 @@ from typing import Any
 from lexmae import artifact
 from lexmae.cycle.config import PipelineRecipe
 
-MEASURES = ("MRR@10", "nDCG@10", "Recall@100")
-_HEADER = ("", *MEASURES, "terms/doc", "terms/query", "index MB", "queries/s")
+MEASURES = ("MRR@10", "nDCG@10", "Recall@100", "Recall@1000")
+_COSTS = ("terms/doc", "terms/query", "index MB", "queries/s")
+
+Rows = dict[str, dict[str, Any]]
 
 
-def collect(config: PipelineRecipe) -> dict[str, dict[str, Any]]:
-    """Figures of BM25 and of every stage, from what the steps wrote; None where a figure does not exist."""
+def collect(config: PipelineRecipe) -> Rows:
+    """Figures of BM25 and of every stage, from what the steps wrote."""
     work, split = Path(config.work), config.evaluation.split
     bm25 = json.loads((work / "bm25" / "bm25.json").read_text(encoding="utf-8"))
-    rows = {"BM25": {**_measures(work / "bm25"), "terms_docs": bm25["terms_docs"],
+    rows = {"BM25": {**_measures(work / "bm25" / "metrics.json"), "terms_docs": bm25["terms_docs"],
                      "terms_queries": bm25["terms_queries"], "index_bytes": bm25["index_bytes"],
                      "queries_per_second": bm25["queries_per_second"]}}
     for stage in config.stages:
         folder = work / stage.name
         search = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         rows[stage.name] = {
-            **_measures(folder),
+            **_measures(folder / "metrics.json"),
             "terms_docs": artifact.read(folder / "vectors-docs").extra["mean_active"],
             "terms_queries": artifact.read(folder / f"vectors-{split}").extra["mean_active"],
             "index_bytes": sum(p.stat().st_size for p in (folder / "index").rglob("*") if p.is_file()),
@@ -32,19 +34,31 @@ def collect(config: PipelineRecipe) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _measures(folder: Path) -> dict[str, float]:
-    means = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["means"]
+def collect_further(config: PipelineRecipe) -> dict[str, Rows]:
+    """Measures on the further splits and collections, by their names."""
+    work, evaluation = Path(config.work), config.evaluation
+    files = {split: f"metrics-{split}.json" for split in evaluation.more_splits}
+    files |= {other.name: f"{other.name}/metrics.json" for other in evaluation.zero_shot}
+    folders = {"BM25": work / "bm25"} | {stage.name: work / stage.name for stage in config.stages}
+    return {name: {row: _measures(folder / file) for row, folder in folders.items()} for name, file in files.items()}
+
+
+def _measures(path: Path) -> dict[str, float]:
+    means = json.loads(path.read_text(encoding="utf-8"))["means"]
     return {name: means[name] for name in MEASURES}
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The figures as a Markdown table, aligned."""
-    lines = [_HEADER]
+def table(rows: Rows, title: str = "") -> str:
+    """The figures as a Markdown table, aligned; costs where the rows have them."""
+    costs = any("terms_docs" in row for row in rows.values())
+    lines = [(title, *MEASURES, *(_COSTS if costs else ()))]
     for name, row in rows.items():
-        lines.append((name, *(f"{row[measure]:.4f}" for measure in MEASURES), f"{row['terms_docs']:.1f}",
-                      f"{row['terms_queries']:.1f}", f"{row['index_bytes'] / 1e6:.1f}",
-                      f"{row['queries_per_second']:.0f}"))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+        line = [name, *(f"{row[measure]:.4f}" for measure in MEASURES)]
+        if costs:
+            line += [f"{row['terms_docs']:.1f}", f"{row['terms_queries']:.1f}", f"{row['index_bytes'] / 1e6:.1f}",
+                     f"{row['queries_per_second']:.0f}"]
+        lines.append(tuple(line))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     cells = ["| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in
                                enumerate(zip(line, widths, strict=True))) + " |" for line in lines]
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
@@ -52,11 +66,12 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def write(config: PipelineRecipe, seconds: dict[str, float]) -> str:
-    """Write ``results.json`` and ``results.md`` into the work folder; returns the table."""
-    rows, work = collect(config), Path(config.work)
-    text = table(rows)
+    """Write ``results.json`` and ``results.md`` into the work folder; returns the tables."""
+    rows, further, work = collect(config), collect_further(config), Path(config.work)
+    text = "\n\n".join([table(rows), *(table(figures, name) for name, figures in further.items())])
     with artifact.atomic_file(work / "results.json") as out:
-        json.dump({"results": rows, "seconds": seconds, "versions": artifact.versions()}, out, indent=1)
+        json.dump({"results": rows, "further": further, "seconds": seconds, "versions": artifact.versions()}, out,
+                  indent=1)
     with artifact.atomic_file(work / "results.md") as out:
         out.write(f"{text}\n")
     return text
