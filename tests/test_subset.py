@@ -1,4 +1,4 @@
-"""Parts of a collection: what belongs to the chosen queries is there, the rest is chosen by hash, nothing is invented."""
+"""Parts of a collection: what the chosen queries need is there, the rest is chosen by hash, nothing is invented."""
 
 from __future__ import annotations
 

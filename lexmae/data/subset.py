@@ -1,4 +1,4 @@
-"""A part of a collection, small enough for a machine or an afternoon: some queries, what is judged for them, and others.
+"""A part of a collection, small enough for a machine or an afternoon: queries, what is judged for them, and others.
 
   python -m lexmae.data.subset --input data/msmarco --output data/small --queries train=20000 dev=500 --documents 100000
 
