@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.exclude_self:
         run = run.without_self().cut(options.hits)
     figures = {"engine": index.engine, "queries": len(run), "threads": options.threads, "hits": options.hits,
+               "max_passage": options.max_passage,
                "seconds": round(run.seconds, 4), "queries_per_second": round(len(run) / max(run.seconds, 1e-9), 1),
                "without_results": sum(not len(run.scores(query)) for query in run),
                "terms_queries": round(queries.mean_active, 3)}

@@ -160,7 +160,7 @@ class Plan:
         if self.deepspeed_config:
             command += ["--deepspeed_config", self.deepspeed_config]
         self._check_hardware(config)
-        learning = {k: v for k, v in recipe.to_dict(config).items() if k not in ("logging", "deepspeed")}
+        learning = {k: v for k, v in recipe.to_dict(config).items() if k not in ("logging", "deepspeed", "probe")}
         return self._add(name, command, output / "model", [self.shards, *inputs], learning, trains=True, resumes=True)
 
     def _check_hardware(self, config: PretrainRecipe | FinetuneRecipe) -> None:

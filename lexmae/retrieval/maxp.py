@@ -5,8 +5,6 @@ The result is exact: passages are retrieved until those that were not could chan
 
 from __future__ import annotations
 
-import numpy as np
-
 from lexmae.data.passages import document_of
 from lexmae.errors import InputError
 from lexmae.retrieval.engines import Index

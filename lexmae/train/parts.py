@@ -58,7 +58,8 @@ def _common(config: Any, place: Place) -> dict[str, int]:
 
 
 def _pretraining(config: PretrainRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
-    model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source)
+    model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source,
+                       bag_of_words=config.bottleneck.bow_weight > 0)
     data = PretrainData(shards, config.masking, micro_batch=place.hardware.micro_batch, **_common(config, place))
     return Parts(model, PretrainObjective(config.bottleneck), data)
 
