@@ -14,6 +14,7 @@ from lexmae.errors import InputError
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert")
 DECODER_MASKS = ("inclusive", "exclusive", "random")
+PASSAGES = ("first", "all")
 BOTTLENECKS = ("logits", "saturated", "cls", "off")
 
 
@@ -78,16 +79,20 @@ class BottleneckConfig:
         decoder_layers: transformer layers of the decoder.
         encoder_weight: weight of the encoder's masked-LM loss.
         decoder_weight: weight of the decoder's masked-LM loss.
+        bow_weight: weight of the bag-of-words loss of DupMAE (``lexicon.bag_of_words_loss``); 0 (the paper) has none.
     """
 
     source: str = "logits"
     decoder_layers: int = 2
     encoder_weight: float = 1.0
     decoder_weight: float = 1.0
+    bow_weight: float = 0.0
 
     def __post_init__(self):
         require(self.source in BOTTLENECKS, f"source: one of {', '.join(BOTTLENECKS)} is needed")
         require(self.decoder_layers >= 1, "decoder_layers: at least 1 is needed")
+        for name in ("encoder_weight", "decoder_weight", "bow_weight"):
+            require(getattr(self, name) >= 0, f"{name}: cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,29 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """Retrieval measured while training, on a few queries and documents of the shards (``lexmae.train.probe``).
+
+    Attributes:
+        every: optimizer steps between two probes, and one at the end; 0 has none.
+        split: whose judged queries are asked.
+        queries: how many at most.
+        documents: how many are searched at most (passages, where documents are split): the judged ones of the queries,
+            and random others.
+    """
+
+    every: int = 0
+    split: str = "dev"
+    queries: int = 200
+    documents: int = 2000
+
+    def __post_init__(self):
+        require(self.every >= 0, "every: cannot be negative")
+        require(self.queries >= 1, "queries: at least 1 is needed")
+        require(self.documents >= 1, "documents: at least 1 is needed")
+
+
+@dataclass(frozen=True)
 class PretrainRecipe:
     """One pre-training run: shards in, checkpoints and ``model/`` out."""
 
@@ -209,15 +237,23 @@ class PretrainRecipe:
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """One fine-tuning run of the lexicon encoder: shards and negatives in, checkpoints and ``model/`` out."""
+    """One fine-tuning run of the lexicon encoder: shards and negatives in, checkpoints and ``model/`` out.
+
+    Attributes:
+        split: queries and judgements to train on.
+        passages: which passages of a document stand for it, where the shards split documents: the ``first`` or
+            ``all``, as positives and as negatives named by their document.
+    """
 
     data: str
     output: str
     split: str = "train"
+    passages: str = "first"
     deepspeed: str = "ds_configs/fp16_zero1.json"
     model: ModelConfig = field(default_factory=ModelConfig)
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
@@ -225,3 +261,7 @@ class FinetuneRecipe:
     optimization: OptimizationConfig = field(
         default_factory=lambda: OptimizationConfig(lr=2e-5, batch=24, epochs=3, clip=1.0))
     logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(every=50))
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+    def __post_init__(self):
+        require(self.passages in PASSAGES, f"passages: one of {', '.join(PASSAGES)} is needed")

@@ -104,3 +104,36 @@ def write_model(path: Path, shards_dir: Path, seed: int = 0, **extra) -> Path:
                  for key in ("tokenizer_hash", "vocab_size", "max_length", "query_length")}
         draft.extra.update(facts | extra)
     return path
+
+
+LONG_LENGTH, LONG_STRIDE = 28, 11
+
+
+def long_documents() -> list[Passage]:
+    """Documents D0 … D11 of 3 to 90 words."""
+    random = np.random.default_rng(3)
+    words = [5, 70, 12, 40, 90, 3, 33, 8, 61, 20, 45, 10]
+    return [Passage(f"D{i}", "" if i == 3 else _text(random, 2), _text(random, n)) for i, n in enumerate(words)]
+
+
+LONG_JUDGED = {"train": {"t0": {"D1": 1, "D0": 1}, "t1": {"D4": 2, "D2": 0}, "t2": {"D8": 1}},
+               "dev": {"v0": {"D1": 1}, "v1": {"D3": 1}, "v2": {"D6": 1, "D5": 0}}}
+
+
+@pytest.fixture(scope="session")
+def long_dir(tmp_path_factory) -> Path:
+    """The long documents as a BEIR folder."""
+    folder = tmp_path_factory.mktemp("long") / "beir"
+    random = np.random.default_rng(4)
+    asked = [Query(name, _text(random, 4)) for split in LONG_JUDGED.values() for name in split]
+    write_beir(folder, long_documents(), asked, LONG_JUDGED)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def long_shards(long_dir, tmp_path_factory) -> Shards:
+    """Them, split, in files of 7 passages."""
+    folder = tmp_path_factory.mktemp("split") / "shards"
+    prepare(long_dir, folder, train_tokenizer=140, max_length=LONG_LENGTH, query_length=10, split_documents=True,
+            stride=LONG_STRIDE, workers=1, shard_size=7)
+    return Shards.open(folder)

@@ -35,7 +35,7 @@ def test_fine_tuning_defaults_are_those_of_stage_1():
 
 
 def test_cycle_defaults():
-    assert dataclasses.astuple(p.PrepareConfig(tokenizer="t"))[2:] == (144, 32)
+    assert dataclasses.astuple(p.PrepareConfig(tokenizer="t"))[2:] == (144, 32, False, None)
     evaluation = p.EvaluationConfig()
     assert (evaluation.hits, evaluation.top_k_docs, evaluation.top_k_queries) == (1000, None, None)
     assert p.StageConfig("s", "r").mine_depth == 512
@@ -58,6 +58,12 @@ def test_the_weight_of_queries_may_be_given_and_may_be_zero():
     (c.MaskingConfig, {"decoder_strategy": "both"}, "decoder_strategy"),
     (c.BottleneckConfig, {"source": "mean"}, "source"),
     (c.BottleneckConfig, {"decoder_layers": 0}, "decoder_layers"),
+    (c.BottleneckConfig, {"bow_weight": -0.1}, "bow_weight"),
+    (c.BottleneckConfig, {"encoder_weight": -1.0}, "encoder_weight"),
+    (c.FinetuneRecipe, {"data": "d", "output": "o", "passages": "last"}, "passages"),
+    (c.ProbeConfig, {"every": -1}, "every"),
+    (c.ProbeConfig, {"queries": 0}, "queries"),
+    (c.ProbeConfig, {"documents": 0}, "documents"),
     (c.LossConfig, {"lambda_docs": -0.1}, "lambda_docs"),
     (c.LossConfig, {"lambda_queries": -0.1}, "lambda_queries"),
     (c.LossConfig, {"lambda_ramp": 1.5}, "lambda_ramp"),
@@ -89,6 +95,8 @@ def test_the_weight_of_queries_may_be_given_and_may_be_zero():
     (p.CollectionConfig, {"name": "../x", "input": "x"}, "name"),
     (p.PipelineRecipe, {"input": "x", "work": "w", "prepare": p.PrepareConfig()}, "prepare"),
     (p.PrepareConfig, {"tokenizer": "t", "train_tokenizer": 300}, "tokenizer"),
+    (p.PrepareConfig, {"tokenizer": "t", "stride": 50}, "stride"),
+    (p.PrepareConfig, {"tokenizer": "t", "split_documents": True, "stride": 145}, "stride"),
 ])
 def test_a_value_out_of_range_is_refused(kind, values, named):
     with pytest.raises(InputError, match=named):

@@ -94,6 +94,43 @@ def test_marco_full_passages_and_gzip(tmp_path):
     assert found.size_hint() is None
 
 
+def documents(folder: Path) -> Path:
+    """A small folder of MS MARCO documents under the official names."""
+    folder.mkdir()
+    rows = "D1\thttp://a\tOne\tfirst body\nD2\thttp://b\t\tsecond\nD3\t\tThree\t\n"
+    (folder / "msmarco-docs.tsv.gz").write_bytes(gzip.compress(rows.encode()))
+    for split, qid in (("train", 3), ("dev", 4)):
+        (folder / f"msmarco-doc{split}-queries.tsv").write_text(f"{qid}\twhat is {qid}\n")
+        (folder / f"msmarco-doc{split}-qrels.tsv").write_text(f"{qid} 0 D{qid - 1} 1\n")
+    (folder / "msmarco-doctrain-top100.gz").write_bytes(gzip.compress(b"3 Q0 D3 1 -5.1 Indri\n3 Q0 D1 2 -5.2 Indri\n"))
+    return folder
+
+
+def test_marco_documents(tmp_path):
+    found = c.Corpus.open(documents(tmp_path / "m"))
+    assert list(found.passages()) == [c.Passage("D1", "One", "first body"), c.Passage("D2", "", "second"),
+                                      c.Passage("D3", "Three", "")]
+    assert (found.title_only, found.empty, found.splits()) == (1, 0, ["dev", "train"])
+    assert list(found.queries("train")) == [c.Query("3", "what is 3")]
+    assert found.qrels("train") == {"3": {"D2": 1}} and found.qrels("dev") == {"4": {"D3": 1}}
+    (row,) = c.read_negatives(tmp_path / "m" / "msmarco-doctrain-top100.gz")
+    assert (row.qid, row.negatives) == ("3", ["D3", "D1"])
+    with pytest.raises(InputError, match="no split 'test'; there are: dev, train"):
+        found.qrels("test")
+
+
+def test_bad_marco_documents(tmp_path):
+    folder = documents(tmp_path / "m")
+    (folder / "msmarco-docs.tsv.gz").unlink()
+    (folder / "msmarco-docs.tsv").write_text("D1\tu\tOne\tbody\nD2\tu\tno body\n")
+    assert "msmarco-docs.tsv:2: expected 4 tab-separated columns (docid, url, title, body), found 3" in error(
+        c.Corpus.open(folder).passages)
+    (folder / "msmarco-docs.tsv").write_text("D1\tu\tOne\tbody\nD1\tu\tOne\tbody\n")
+    assert "msmarco-docs.tsv:2: repeated document id 'D1'" in error(c.Corpus.open(folder).passages)
+    (folder / "collection.tsv").write_text("0\tx\n")
+    assert "holds both collection.tsv (passages) and msmarco-docs.tsv (documents)" in error(c.Corpus.open, folder)
+
+
 def test_titles_must_belong_to_the_collection(tmp_path):
     folder = marco(tmp_path / "m")
     (folder / "collection.tsv.title.tsv").write_text("0\tA\n7\tB\n")

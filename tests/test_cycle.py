@@ -109,6 +109,17 @@ def test_commands_say_what_the_recipe_says(folder):
         "pretrain", "one", "two", "one-docs", "one-queries", "two-docs", "two-queries", "one-learn-encode"}
 
 
+def test_split_documents_are_searched_by_their_passages(folder):
+    steps = plan(folder, pipeline(ONE, TWO, prepare=PrepareConfig(tokenizer="tok", split_documents=True, stride=60)))
+    assert "--split-documents" in steps["prepare"].command and option(steps["prepare"], "--stride") == "60"
+    assert "--max-passage" in steps["one-search"].command and "--max-passage" not in steps["one-train-search"].command
+    assert int(option(steps["one-train-search"], "--hits")) >= 20 + 500
+    assert "--passages" in steps["one-negatives"].command and "--passages" not in steps["bm25-negatives"].command
+    plain = plan(folder, pipeline(ONE, TWO))
+    flags = {"--split-documents", "--stride", "--max-passage", "--passages"}
+    assert not flags & {part for step in plain.values() for part in step.command}
+
+
 def test_without_pretraining_a_stage_has_its_recipes_own_weights(folder):
     assert "model.init" not in settings(plan(folder, pipeline(ONE, TWO, pretrain=None))["one"])
 

@@ -148,6 +148,32 @@ def test_the_end_is_saved_once(tmp_path, saved):
     assert saved == [4, 8] and [line["step"] for line in log_of(tmp_path)] == [3, 6, 8]
 
 
+def test_probes_are_reported_and_their_time_is_not_that_of_training(tmp_path, saved, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    engine, asked = PlainEngine(), []
+    run, _ = make(tmp_path, engine)
+
+    def step(lr: float, inner=engine.step) -> StepReport:
+        clock[0] += 1.0
+        return inner(lr)
+
+    def probe(done: int) -> dict[str, float]:
+        asked.append((done, list(saved)))
+        clock[0] += 100.0 * (done in (4, 6, 10))
+        return {"probe_mrr_10": done / 10} if done in (4, 6, 10) else {}
+
+    engine.step, run.probe = step, probe
+    loop.train(run)
+    found = log_of(tmp_path)
+    assert [(line["step"], line.get("probe_mrr_10")) for line in found] == [
+        (3, None), (4, 0.4), (6, None), (6, 0.6), (9, None), (10, None), (10, 1.0)]
+    assert [line["seconds_per_step"] for line in found if "loss" in line] == [1.0] * 4
+    assert [done for done, _ in asked] == list(range(1, 11))
+    assert asked[3] == (4, []) and asked[9] == (10, [4, 8])  # before the checkpoint, so that a stop loses none
+    assert engine.module.weight.item() == pytest.approx(reference(10)[0], rel=1e-5)
+
+
 def test_a_finished_run_does_nothing(tmp_path, saved):
     run, data = make(tmp_path, PlainEngine())
     loop.train(run, start=10)

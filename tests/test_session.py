@@ -9,7 +9,14 @@ import torch
 from conftest import MAX_LENGTH, write_model
 
 from lexmae import artifact
-from lexmae.config import FinetuneRecipe, ModelConfig, NegativesConfig, OptimizationConfig, PretrainRecipe
+from lexmae.config import (
+    FinetuneRecipe,
+    ModelConfig,
+    NegativesConfig,
+    OptimizationConfig,
+    PretrainRecipe,
+    ProbeConfig,
+)
 from lexmae.errors import InputError
 from lexmae.model import backbone
 from lexmae.train import parts, session
@@ -49,12 +56,18 @@ def folder(path: Path, *files: str) -> Path:
     (PretrainRecipe, {"deepspeed": "nowhere.json"}, "no such DeepSpeed configuration"),
     (PretrainRecipe, {"optimization": OptimizationConfig(batch=8, micro_batch=3)}, "not a multiple of the micro-batch"),
     (FinetuneRecipe, {"split": "test"}, "no queries of the split 'test'; it has dev, train"),
+    (PretrainRecipe, {"probe": ProbeConfig(every=5, split="test")}, "of the split 'test', which probe.split names"),
+    (FinetuneRecipe, {"probe": ProbeConfig(every=5, split="test")}, "which probe.split names; it has dev, train"),
     (FinetuneRecipe, {"negatives": NegativesConfig(path="nowhere.jsonl")}, "nowhere.jsonl: no such file of negatives"),
 ])
 def test_inputs_that_are_not_there_are_refused(recipe, tmp_path, kind, changes, reason):
     with pytest.raises(InputError, match=reason):
         session.check(recipe(kind, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_probe_that_is_off_names_no_split(recipe):
+    session.check(recipe(probe=ProbeConfig(split="test")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

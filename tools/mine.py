@@ -39,7 +39,7 @@ def _mine(options: argparse.Namespace, run: Run, qrels: dict) -> None:
     if not any(query in run and max(judged.values(), default=0) > 0 for query, judged in qrels.items()):
         raise InputError("has no relevant document for any query of the run: do they belong together?", options.qrels)
     counts = mining.Statistics()
-    write_negatives(options.output, mining.mine_run(run, qrels, options.depth, counts))
+    write_negatives(options.output, mining.mine_run(run, qrels, options.depth, counts, options.passages))
     cli.say(f"{options.output}: {counts.queries:,} queries, {counts.mean_negatives:.1f} negatives each; "
             f"{counts.dropped_positives:,} positives dropped; {counts.without_negatives:,} judged queries without "
             f"negatives; {counts.unjudged:,} queries of the run without positives")
@@ -62,6 +62,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
                              "the text")
     parser.add_argument("--threads", type=int, default=engines.default_threads(), help="threads of the search")
     parser.add_argument("--exclude-self", action="store_true", help="leave out documents that bear the query's id")
+    parser.add_argument("--passages", action="store_true", help="the run ranks passages of split documents: leave out "
+                                                                "every passage of a judged document")
     parser.add_argument("--json", metavar="FILE", help="write BM25's figures, replacing an older file")
     parser.add_argument("--overwrite", action="store_true", help="replace finished outputs")
     options = parser.parse_args(argv)

@@ -29,6 +29,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--query-length", type=int, default=32, help="tokens of a query, special tokens included"
     )
+    parser.add_argument(
+        "--split-documents", action="store_true", help="cut documents longer than that into overlapping passages"
+    )
+    parser.add_argument(
+        "--stride", type=int, metavar="N",
+        help="tokens from the beginning of a passage to the next one's; half of --max-length when not given",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, help="threads that tokenise; all cores when not given")
     args = parser.parse_args(argv)
     prepare(
@@ -38,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         train_tokenizer=args.train_tokenizer,
         max_length=args.max_length,
         query_length=args.query_length,
+        split_documents=args.split_documents,
+        stride=args.stride,
         workers=args.workers,
     )
     report(artifact.read(args.output))
@@ -51,6 +60,9 @@ def report(manifest: artifact.Manifest) -> None:
     for name, row in manifest.extra["lengths"].items():
         tokens = f"mean {row['mean']}, median {row['p50']:g}, 95% {row['p95']:g}, max {row['max']}"
         print(f"  {name}: {row['rows']:,} rows; tokens {tokens}; cut {row['truncated']:.1%}")
+    if "passages" in manifest.counts:
+        documents, rows, stride = manifest.counts["documents"], manifest.counts["passages"], manifest.config["stride"]
+        print(f"  {documents:,} documents in {rows:,} passages, stride {stride}")
     for name, count in manifest.counts.items():
         if name.startswith("judgements."):
             print(f"  {name}: {count:,}")

@@ -2,13 +2,14 @@
 """Search an index with query vectors and write a TREC run.
 
   python tools/search.py --index index --queries vectors/dev --hits 1000 --output run.trec
+  python tools/search.py --index index --queries vectors/dev --hits 100 --max-passage --output run.trec
 """
 
 from __future__ import annotations
 
 from lexmae import cli
 from lexmae.errors import InputError
-from lexmae.retrieval import engines, reports
+from lexmae.retrieval import engines, maxp, reports
 from lexmae.retrieval.runs import DEFAULT_TAG, write_run
 from lexmae.retrieval.vectors import SparseVectors
 
@@ -24,6 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top-k", type=int, help="keep only the k largest weights of each query")
     parser.add_argument("--exclude-self", action="store_true", help="leave out the document that bears the query's id "
                                                                      "(ArguAna's queries are documents)")
+    parser.add_argument("--max-passage", action="store_true", help="rank documents by their best passage, where the "
+                                                                   "index holds passages of split documents")
     parser.add_argument("--tag", default=DEFAULT_TAG, help="last column of the run")
     parser.add_argument("--json", metavar="FILE", help="write the figures, replacing an older file")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished run")
@@ -35,10 +38,12 @@ def main(argv: list[str] | None = None) -> None:
     queries = SparseVectors.open(options.queries, side="queries")
     if options.top_k is not None:
         queries = queries.pruned(options.top_k)
-    run = index.search(queries, options.hits + options.exclude_self, options.threads)
+    search = maxp.search if options.max_passage else engines.Index.search
+    run = search(index, queries, options.hits + options.exclude_self, options.threads)
     if options.exclude_self:
         run = run.without_self().cut(options.hits)
     figures = {"engine": index.engine, "queries": len(run), "threads": options.threads, "hits": options.hits,
+               "max_passage": options.max_passage,
                "seconds": round(run.seconds, 4), "queries_per_second": round(len(run) / max(run.seconds, 1e-9), 1),
                "without_results": sum(not len(run.scores(query)) for query in run),
                "terms_queries": round(queries.mean_active, 3)}

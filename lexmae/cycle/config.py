@@ -18,16 +18,21 @@ def _require_name(name: str) -> None:
 @dataclass(frozen=True)
 class PrepareConfig:
     """Settings of the shards that a pipeline makes: a tokenizer to use, the entries of one to train, or neither where
-    the pipeline's backbone brings its own."""
+    the pipeline's backbone brings its own. ``split_documents`` and ``stride`` are those of ``tools/prepare.py``."""
 
     tokenizer: str | None = None
     train_tokenizer: int | None = None
     max_length: int = 144
     query_length: int = 32
+    split_documents: bool = False
+    stride: int | None = None
 
     def __post_init__(self):
         require(self.tokenizer is None or self.train_tokenizer is None,
                 "tokenizer or train_tokenizer: only one of the two")
+        require(self.stride is None or self.split_documents, "stride: goes with 'split_documents: true'")
+        require(self.stride is None or 1 <= self.stride <= self.max_length,
+                "stride: between 1 and max_length is needed")
 
 
 @dataclass(frozen=True)

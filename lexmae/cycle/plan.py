@@ -13,6 +13,7 @@ from lexmae.errors import InputError
 from lexmae.train import hardware
 
 _SPARE_HITS = 50  # retrieved beyond the depth of negatives, since judged positives are dropped
+_SPARE_PASSAGES = 500  # the same where documents are split: every passage of a judged document is dropped
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class Plan:
         settings = self.config.prepare
         command = ["tools/prepare.py", "--input", str(text), "--output", str(shards),
                    "--max-length", str(settings.max_length), "--query-length", str(settings.query_length)]
+        command += ["--split-documents"] if settings.split_documents else []
+        command += ["--stride", str(settings.stride)] if settings.stride else []
         if shards != self.shards:  # another collection is read with the tokenizer of this one
             return self._add(name, [*command, "--tokenizer", str(self.shards / "tokenizer")], shards,
                              [text, self.shards])
@@ -160,7 +163,7 @@ class Plan:
         if self.deepspeed_config:
             command += ["--deepspeed_config", self.deepspeed_config]
         self._check_hardware(config)
-        learning = {k: v for k, v in recipe.to_dict(config).items() if k not in ("logging", "deepspeed")}
+        learning = {k: v for k, v in recipe.to_dict(config).items() if k not in ("logging", "deepspeed", "probe")}
         return self._add(name, command, output / "model", [self.shards, *inputs], learning, trains=True, resumes=True)
 
     def _check_hardware(self, config: PretrainRecipe | FinetuneRecipe) -> None:
@@ -206,12 +209,13 @@ class Plan:
         depth = max(other.mine_depth for other in self.config.stages if other.negatives == source)
         training = Target(split, "", self.corpus, self.shards, split)
         vectors = self._add_encode(f"{name}-encode", source, "queries", training)
+        passages = self.config.prepare.split_documents  # the hard ones are passages, not documents
         run = self._add_search(f"{name}-search", vectors, folder / "index", folder / f"{split}.trec",
-                               depth + _SPARE_HITS)
+                               depth + (_SPARE_PASSAGES if passages else _SPARE_HITS))
         output = folder / "negatives.jsonl"
         return self._add(f"{source}-negatives", [
             "tools/mine.py", "--run", str(run), "--qrels", str(self.qrels(split)), "--depth", str(depth),
-            "--output", str(output)], output, [run, self.shards])
+            "--output", str(output), *(["--passages"] if passages else [])], output, [run, self.shards])
 
     def _init(self, name: str) -> str | None:
         """What a training starts from: an earlier step's model, the backbone, or None for what its recipe says."""
@@ -240,7 +244,7 @@ class Plan:
             "tools/index.py", "--vectors", str(docs), "--engine", self.config.evaluation.engine, "--output",
             str(folder / "index")], folder / "index", [docs])
         run = self._add_search(f"{model}{infix}-search", queries, index, folder / f"run{target.file}.trec",
-                               self.config.evaluation.hits)
+                               self.config.evaluation.hits, documents=self.config.prepare.split_documents)
         self._add_evaluation(model, run, target)
 
     def _add_encode(self, name: str, model: str, side: str, target: Target) -> Path:
@@ -253,7 +257,7 @@ class Plan:
         command += ["--top-k", str(top_k)] if top_k else []
         return self._add(name, command, output, [folder / "model", target.shards], trains=True, resumes=True)
 
-    def _add_search(self, name: str, queries: Path, index: Path, run: Path, hits: int) -> Path:
+    def _add_search(self, name: str, queries: Path, index: Path, run: Path, hits: int, documents: bool = False) -> Path:
         return self._add(name, ["tools/search.py", "--index", str(index), "--queries", str(queries), "--hits",
-                                str(hits), "--output", str(run), "--json", str(run.with_suffix(".json"))],
-                         run, [index, queries])
+                                str(hits), "--output", str(run), "--json", str(run.with_suffix(".json")),
+                                *(["--max-passage"] if documents else [])], run, [index, queries])

@@ -5,8 +5,7 @@ bad line is an InputError that names file, line and reason. Needs no torch, and 
 name.
 
 - A BEIR folder is told by `corpus.jsonl`; `queries.jsonl` and `qrels/SPLIT.tsv` lie beside it.
-- An MS MARCO folder is told by `collection.tsv` or `fullpsgs.tsv`; beside it lie `collection.tsv.title.tsv`,
-  `SPLIT.query.txt` or `queries.SPLIT.tsv`, and `qrels.SPLIT.tsv`.
+- An MS MARCO folder is told by `collection.tsv`, `fullpsgs.tsv` or `msmarco-docs.tsv` (see `lexmae.data.marco`).
 - A dataset name `owner/name`, where there is no such folder, has configurations `corpus` and `queries`; the
   judgements are the dataset `owner/name-qrels`.
 
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lexmae import artifact
-from lexmae.data.lines import check_id, check_text, count_lines, read_objects, read_tsv
+from lexmae.data.lines import check_id, check_text, count_lines, read_objects
 from lexmae.data.negatives import read_negatives, write_negatives
 from lexmae.data.qrels import (
     Judgement,
@@ -40,6 +39,8 @@ __all__ = [
     "Corpus", "Judgement", "Passage", "Qrels", "Query", "read_judgements", "read_negatives", "read_qrels",
     "write_beir", "write_negatives", "write_qrels",
 ]  # fmt: skip
+
+MARCO_FILES = ("collection.tsv", "fullpsgs.tsv", "msmarco-docs.tsv")
 
 ALL = "all"  # the split of queries that come without any judgements
 
@@ -82,16 +83,21 @@ class Corpus(ABC):
         """The collection of a folder (BEIR or MS MARCO layout), or of a dataset name `owner/name`."""
         folder = Path(source)
         if folder.is_dir():
-            beir = _optional(folder, "corpus.jsonl")
-            marco = _optional(folder, "collection.tsv") or _optional(folder, "fullpsgs.tsv")
+            beir = optional_file(folder, "corpus.jsonl")
+            marco = next(filter(None, (optional_file(folder, name) for name in MARCO_FILES)), None)
             if beir and marco:
                 raise InputError(
                     f"holds both {beir.name} (BEIR) and {marco.name} (MS MARCO): which is meant?", path=folder
                 )
-            if beir or marco:
-                return BeirFolder(folder) if beir else MarcoFolder(folder)
+            if beir:
+                return BeirFolder(folder)
+            if marco:
+                from lexmae.data.marco import open_folder
+
+                return open_folder(folder)
             reason = (
-                "neither a BEIR folder (corpus.jsonl) nor an MS MARCO folder (collection.tsv or fullpsgs.tsv)"
+                "neither a BEIR folder (corpus.jsonl) nor an MS MARCO folder (collection.tsv, fullpsgs.tsv or"
+                " msmarco-docs.tsv)"
             )
             raise InputError(reason, path=folder)
         if folder.exists():
@@ -182,10 +188,10 @@ class BeirFolder(Corpus):
 
     def size_hint(self) -> int | None:
         """Lines of the documents' file."""
-        return count_lines(_required(Path(self.source), "corpus.jsonl"))
+        return count_lines(required_file(Path(self.source), "corpus.jsonl"))
 
     def splits(self) -> list[str]:
-        if _optional(Path(self.source), "queries.jsonl") is None:
+        if optional_file(Path(self.source), "queries.jsonl") is None:
             return []
         return sorted(self._qrels_files()) or [ALL]
 
@@ -199,96 +205,19 @@ class BeirFolder(Corpus):
         return {f.name.split(".tsv")[0]: f for f in files if f.name.endswith((".tsv", ".tsv.gz"))}
 
     def _passage_rows(self):
-        path = _required(Path(self.source), "corpus.jsonl")
+        path = required_file(Path(self.source), "corpus.jsonl")
         for line, row in read_objects(path):
             if "text" not in row:
                 raise InputError('no "text" in this object', path=path, line=line)
             yield path, line, row.get("_id"), row.get("title"), row["text"]
 
     def _query_rows(self, split: str):
-        path = _required(Path(self.source), "queries.jsonl")
+        path = required_file(Path(self.source), "queries.jsonl")
         for line, row in read_objects(path):
             yield path, line, row.get("_id"), row.get("text")
 
     def _judged(self, split: str) -> dict[str, Judgement] | None:
         return first_judgements(self.judgements(split))
-
-
-class MarcoFolder(Corpus):
-    """`collection.tsv` (with `collection.tsv.title.tsv`) or else `fullpsgs.tsv`; queries and judgements per
-    split.
-    """
-
-    def size_hint(self) -> int | None:
-        """Lines of the documents' file."""
-        folder = Path(self.source)
-        return count_lines(_optional(folder, "collection.tsv") or _required(folder, "fullpsgs.tsv"))
-
-    def splits(self) -> list[str]:
-        return sorted(self._query_files())
-
-    def judgements(self, split: str) -> Iterator[Judgement] | None:
-        self._known(split)
-        path = _optional(Path(self.source), f"qrels.{split}.tsv")
-        return None if path is None else read_judgements(path)
-
-    def _query_files(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
-        for pattern, prefix, suffix in (
-            ("queries.*.tsv*", "queries.", ".tsv"),
-            ("*.query.txt*", "", ".query.txt"),
-        ):
-            for file in sorted(Path(self.source).glob(pattern)):
-                name = file.name.removesuffix(".gz")
-                if name.endswith(suffix) and not name.startswith("."):
-                    found[name[len(prefix) : -len(suffix)]] = file
-        return found
-
-    def _passage_rows(self):
-        folder = Path(self.source)
-        path = _optional(folder, "collection.tsv")
-        if path is None:
-            path = _required(folder, "fullpsgs.tsv")
-            for line, (pid, title, text) in read_tsv(path, "pid", "title", "text"):
-                yield path, line, pid, title, text
-            return
-        titles = _Titles(_optional(folder, "collection.tsv.title.tsv"))
-        for line, (pid, text) in read_tsv(path, "pid", "text"):
-            yield path, line, pid, titles.take(pid), text
-        titles.finish()
-
-    def _query_rows(self, split: str):
-        self._known(split)
-        path = self._query_files()[split]
-        for line, (qid, text) in read_tsv(path, "qid", "text"):
-            yield path, line, qid, text
-
-
-class _Titles:
-    """Titles read alongside the collection: in constant memory when both files have the same order."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self._rows = iter(()) if path is None else read_tsv(path, "pid", "title")
-        self._waiting: dict[str, tuple[str, int]] = {}
-
-    def take(self, pid: str) -> str:
-        """The title of a passage, "" when it has none."""
-        while pid not in self._waiting:
-            line, row = next(self._rows, (0, None))
-            if row is None:
-                return ""
-            if row[0] in self._waiting:
-                raise InputError(f"repeated document id {row[0]!r}", path=self.path, line=line)
-            self._waiting[row[0]] = (row[1], line)
-        return self._waiting.pop(pid)[0]
-
-    def finish(self) -> None:
-        """Every title must have found its passage: otherwise the two files do not belong together."""
-        for line, row in self._rows:
-            self._waiting[row[0]] = (row[1], line)
-        for pid, (_, line) in self._waiting.items():
-            raise InputError(f"title of unknown (or repeated) document {pid!r}", path=self.path, line=line)
 
 
 def write_beir(
@@ -331,12 +260,14 @@ def _new_id(value: object, what: str, seen: set[str], path: str | Path, line: in
     return found
 
 
-def _optional(folder: Path, name: str) -> Path | None:
+def optional_file(folder: Path, name: str) -> Path | None:
+    """A file of a folder, plain or with `.gz` added to its name; None where there is neither."""
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
-def _required(folder: Path, name: str) -> Path:
-    path = _optional(folder, name)
+def required_file(folder: Path, name: str) -> Path:
+    """The same; InputError where there is neither."""
+    path = optional_file(folder, name)
     if path is None:
         raise InputError(f"no {name} in this folder", path=folder)
     return path

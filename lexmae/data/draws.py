@@ -21,24 +21,29 @@ from lexmae.errors import InputError
 KIND = "negatives"
 
 
-def build(shards: Shards, split: str, source: str | Path | None, depth: int, output: str | Path) -> None:
+def build(shards: Shards, split: str, source: str | Path | None, depth: int, output: str | Path,
+          passages: str = "first") -> None:
     """Write the judged positives and the top ``depth`` negatives of every judged query of ``split`` as rows.
 
-    Judged positives never become negatives. Queries that ``source`` does not name have an empty list; without a
-    source all have.
+    Judged positives never become negatives, nor do other passages of theirs. Queries that ``source`` does not name
+    have an empty list; without a source all have.
+
+    Args:
+        passages: which passages stand for a document where documents are split: the ``first``, or ``all``.
 
     Raises:
         InputError: the split has no judgements, or ``source`` names an unknown document.
     """
     queries, docs = shards.queries(split), shards.docs
-    positives = _positives(shards, split)
+    positives = _positives(shards, split, "all")
+    trained = _positives(shards, split, passages)
     lists: list[np.ndarray] = [np.zeros(0, np.int32)] * len(queries)
     row_of = {identifier: row for row, identifier in enumerate(queries.ids())}
     for qid, names, *_ in progress(read_negatives(source) if source else (), desc="negatives", unit="queries"):
         row = row_of.get(qid)
         if row is None or not len(positives[row]):
             continue
-        rows = docs.rows(names[:depth + len(positives[row])])
+        rows = shards.documents.rows_named(names[:depth + len(positives[row])], passages)
         lists[row] = rows[~np.isin(rows, positives[row])][:depth].astype(np.int32)
     judged = sum(len(rows) > 0 for rows in positives)
     empty = sum(len(p) > 0 and not len(rows) for p, rows in zip(positives, lists, strict=True))
@@ -47,21 +52,22 @@ def build(shards: Shards, split: str, source: str | Path | None, depth: int, out
     if empty:
         say(f"{empty} of {judged} queries have no hard negatives: random passages are used for them")
     inputs = {"shards": shards.manifest.path} | ({"negatives": source} if source else {})
-    with artifact.create(output, KIND, inputs=inputs, config={"split": split, "depth": depth},
-                         overwrite=True) as draft:
-        for name, rows in (("positives", positives), ("negatives", lists)):
+    config = {"split": split, "depth": depth} | ({"passages": passages} if shards.split_documents else {})
+    with artifact.create(output, KIND, inputs=inputs, config=config, overwrite=True) as draft:
+        for name, rows in (("positives", positives), ("trained", trained), ("negatives", lists)):
             np.save(draft.path / f"{name}-ends.npy", np.cumsum([len(r) for r in rows], dtype=np.int64))
             np.save(draft.path / f"{name}-rows.npy", np.concatenate([*rows, np.zeros(0, np.int32)]).astype(np.int32))
         draft.counts.update(queries=judged, without_negatives=empty, documents=len(docs))
 
 
-def _positives(shards: Shards, split: str) -> list[np.ndarray]:
+def _positives(shards: Shards, split: str, passages: str) -> list[np.ndarray]:
     """Rows of the judged positives (relevance above 0) of each query row, sorted."""
     qrels: Mapping[str, Mapping[str, int]] = shards.qrels(split) or {}
     found = []
     for identifier in shards.queries(split).ids():
         names = sorted(name for name, relevance in qrels.get(identifier, {}).items() if relevance > 0)
-        found.append(np.sort(shards.docs.rows(names)).astype(np.int32) if names else np.zeros(0, np.int32))
+        rows = shards.documents.rows(shards.documents.numbers(names), passages) if names else np.zeros(0)
+        found.append(np.sort(rows).astype(np.int32))
     if not any(len(rows) for rows in found):
         raise InputError(f"the split '{split}' has no judged query to train on", shards.manifest.path)
     return found
@@ -73,18 +79,18 @@ class NegativeLists:
     def __init__(self, path: str | Path):
         manifest = artifact.read(path, KIND)
         self.documents = int(manifest.counts["documents"])
-        self._ends = {n: np.load(manifest.path / f"{n}-ends.npy") for n in ("positives", "negatives")}
-        self._rows = {n: np.load(manifest.path / f"{n}-rows.npy", mmap_mode="r").view(np.ndarray)
-                      for n in ("positives", "negatives")}
+        kept = ("positives", "trained", "negatives")
+        self._ends = {n: np.load(manifest.path / f"{n}-ends.npy") for n in kept}
+        self._rows = {n: np.load(manifest.path / f"{n}-rows.npy", mmap_mode="r").view(np.ndarray) for n in kept}
 
     def judged(self, query: int) -> np.ndarray:
         """Rows of the judged positives of a query, int32, sorted."""
         return self._slice("positives", query)
 
     def judged_pairs(self) -> np.ndarray:
-        """Every (query row, positive row), int64 [pairs, 2]."""
-        counts = np.diff(self._ends["positives"], prepend=0)
-        return np.stack([np.repeat(np.arange(len(counts)), counts), self._rows["positives"]], axis=1).astype(np.int64)
+        """Every (query row, positive row) to train on, int64 [pairs, 2]."""
+        counts = np.diff(self._ends["trained"], prepend=0)
+        return np.stack([np.repeat(np.arange(len(counts)), counts), self._rows["trained"]], axis=1).astype(np.int64)
 
     def draw(self, queries: np.ndarray, count: int, random: KeyedRandom, stream: int) -> np.ndarray:
         """``count`` negatives for each query, int64 [len(queries), count].

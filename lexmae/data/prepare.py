@@ -12,6 +12,7 @@ import numpy as np
 
 from lexmae import artifact
 from lexmae.cli import progress, say
+from lexmae.data import passages
 from lexmae.data import tokenizer as tokenizers
 from lexmae.data.corpus import Corpus, Passage, Query
 from lexmae.data.qrels import gather, write_qrels
@@ -33,6 +34,8 @@ def prepare(
     train_tokenizer: int | None = None,
     max_length: int = 144,
     query_length: int = 32,
+    split_documents: bool = False,
+    stride: int | None = None,
     workers: int | None = None,
     shard_size: int = SHARD_ROWS,
 ) -> None:
@@ -45,6 +48,9 @@ def prepare(
         train_tokenizer: number of entries of a WordPiece to train on the documents.
         max_length: tokens of a document, special tokens included.
         query_length: tokens of a query, special tokens included.
+        split_documents: cut documents longer than that into passages (see `passages.windows`), in place of dropping
+            what is too much.
+        stride: tokens from the beginning of a passage to the next one's; half of `max_length` where it is not given.
         workers: threads that tokenise; None takes all cores. The output does not depend on it.
         shard_size: documents per file.
 
@@ -57,9 +63,11 @@ def prepare(
         )
     if shard_size < 1:
         raise InputError(f"{shard_size} documents per file: at least 1 is needed")
+    stride = _check_stride(split_documents, stride, max_length)
     corpus = source if isinstance(source, Corpus) else Corpus.open(source)
     config = {"tokenizer": None if tokenizer is None else str(tokenizer), "train_tokenizer": train_tokenizer,
-              "max_length": max_length, "query_length": query_length}  # fmt: skip
+              "max_length": max_length, "query_length": query_length,
+              "split_documents": split_documents, "stride": stride}  # fmt: skip
     tokenizers.limit_threads(workers)
     with artifact.create(output, KIND, inputs={"corpus": corpus.source}, config=config) as draft:
         chosen = (
@@ -71,7 +79,19 @@ def prepare(
         encoder.check_length(max_length, "maximum length")
         encoder.check_length(query_length, "query length")
         _save_tokenizer(encoder, draft)
-        _Preparation(corpus, encoder, draft, shard_size).run(max_length, query_length)
+        _Preparation(corpus, encoder, draft, shard_size, stride).run(max_length, query_length)
+
+
+def _check_stride(split_documents: bool, stride: int | None, max_length: int) -> int | None:
+    """The stride of the passages of split documents, None where they are not split."""
+    if not split_documents:
+        if stride is not None:
+            raise InputError("a stride goes with splitting documents")
+        return None
+    stride = max(1, max_length // 2) if stride is None else stride
+    if not 1 <= stride <= max_length:
+        raise InputError(f"stride {stride}: must be between 1 and the maximum length {max_length}")
+    return stride
 
 
 def table_name(split: str) -> str:
@@ -80,10 +100,12 @@ def table_name(split: str) -> str:
 
 
 class _Preparation:
-    """One run: tables, then the judgements checked against them."""
+    """One run: tables, then the judgements checked against them. Documents are split where there is a stride."""
 
-    def __init__(self, corpus: Corpus, encoder: TextEncoder, draft: artifact.Draft, shard_size: int) -> None:
+    def __init__(self, corpus: Corpus, encoder: TextEncoder, draft: artifact.Draft, shard_size: int,
+                 stride: int | None) -> None:
         self.corpus, self.encoder, self.draft, self.shard_size = corpus, encoder, draft, shard_size
+        self.stride = stride
         self.statistics: dict[str, dict[str, float]] = {}
 
     def run(self, max_length: int, query_length: int) -> None:
@@ -107,24 +129,50 @@ class _Preparation:
 
     def _documents(self, length: int) -> None:
         total = self.corpus.size_hint()
-        passages = progress(self.corpus.passages(), total=total, desc="documents", unit=" documents")
+        documents = progress(self.corpus.passages(), total=total, desc="documents", unit=" documents")
 
         def encode(chunk: list[Passage]) -> Encoded:
             return self.encoder.pairs([p.title for p in chunk], [p.text for p in chunk], length)
 
-        self.draft.counts["documents"] = self._table("docs", passages, encode)
+        if self.stride is None:
+            self.draft.counts["documents"] = self._table("docs", documents, encode)
+        else:
+            self._split_documents(documents, length)
         for what, count in (("a title and no text", self.corpus.title_only),
                             ("neither title nor text", self.corpus.empty)):  # fmt: skip
             if count:
                 say(f"warning: {count} documents have {what}; they are kept")
         self.draft.counts.update(title_only=self.corpus.title_only, empty=self.corpus.empty)
 
-    def _table(self, name: str, records: Iterable[Any], encode: Any) -> int:
+    def _split_documents(self, documents: Iterable[Passage], length: int) -> None:
+        """The table of the documents' passages, and where those of each document end."""
+        sizes: list[np.ndarray] = [np.zeros(0, np.int64)]
+
+        def encode(chunk: list[Passage]) -> Encoded:
+            for document in chunk:
+                passages.check_document_id(document.id, self.corpus.source)
+            rows, counts = passages.windows(self.encoder, [p.title for p in chunk], [p.text for p in chunk], length,
+                                            self.stride)
+            sizes.append(counts)
+            return rows
+
+        def names(chunk: list[Passage]) -> list[str]:
+            return [passages.passage_id(document.id, number) for document, count in zip(chunk, sizes[-1], strict=True)
+                    for number in range(count)]
+
+        self.draft.counts["passages"] = self._table("docs", documents, encode, names)
+        ends = np.cumsum(np.concatenate(sizes))
+        np.save(self.draft.path / passages.ENDS, ends)
+        self.draft.counts["documents"] = len(ends)
+
+    def _table(self, name: str, records: Iterable[Any], encode: Any, names: Any = None) -> int:
+        """Write the rows that `encode` makes of the records; `names` gives their ids, the records' own without it."""
         writer = TableWriter(self.draft.path, name, self.encoder.dtype, self.shard_size)
         lengths, truncated = [], 0
         for chunk in _chunks(records, _CHUNK):
             rows = encode(chunk)
-            writer.append([record.id for record in chunk], rows.values, rows.lengths, rows.first_lengths)
+            ids = names(chunk) if names else [record.id for record in chunk]
+            writer.append(ids, rows.values, rows.lengths, rows.first_lengths)
             lengths.append(rows.lengths.astype(np.int32))
             truncated += int(rows.truncated.sum())
         writer.close()
@@ -138,13 +186,13 @@ class _Preparation:
             return
         judgements = list(rows)
         qrels = gather(judgements)
-        for table, field in ((TokenTable(self.draft.path, table_name(split), "query"), "qid"),
-                             (TokenTable(self.draft.path, "docs", "document"), "docid")):  # fmt: skip
-            unknown = np.flatnonzero(~table.contains([getattr(judgement, field) for judgement in judgements]))
+        queries, documents = TokenTable(self.draft.path, table_name(split), "query"), passages.read(self.draft.path)
+        for known, what, field in ((queries, "query", "qid"), (documents, "document", "docid")):
+            unknown = np.flatnonzero(~known.contains([getattr(judgement, field) for judgement in judgements]))
             if len(unknown):
                 bad = judgements[unknown[0]]
                 more = f" (and {len(unknown) - 1} more such lines)" if len(unknown) > 1 else ""
-                reason = f"judgement of an unknown {table.what} {getattr(bad, field)!r}{more}"
+                reason = f"judgement of an unknown {what} {getattr(bad, field)!r}{more}"
                 raise InputError(reason, path=bad.path, line=bad.line)
         write_qrels(self.draft.path / "qrels" / f"{split}.tsv", qrels)
         self.draft.counts[f"judgements.{split}"] = sum(map(len, qrels.values()))

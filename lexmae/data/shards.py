@@ -5,6 +5,7 @@
       tokenizer/                 as `save_pretrained` writes it
       docs-00000.arrow …         tokens of the documents, lookup-docs.arrow their ids
       queries-SPLIT-00000.arrow  tokens of the queries of a split, lookup-queries-SPLIT.arrow their ids
+      ends.npy                   where documents are split: rows of each (see `lexmae.data.passages`)
       qrels/SPLIT.tsv            judgements, where the split has any
       word_starts.npy            bool [V], for whole-word masking
 
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lexmae import artifact
+from lexmae.data.passages import ENDS, PassageMap
 from lexmae.data.prepare import KIND, prepare, table_name
 from lexmae.data.qrels import Qrels, read_qrels
 from lexmae.data.tokenizer import SpecialIds
@@ -39,6 +41,7 @@ class Shards:
         self.special = SpecialIds(**manifest.extra["special_ids"])
         self.vocab_size: int = manifest.extra["vocab_size"]
         self.token_type_ids: bool = manifest.extra["token_type_ids"]
+        self.split_documents: bool = bool(manifest.config.get("split_documents"))
         self._queries: dict[str, TokenTable] = {}
 
     @staticmethod
@@ -56,8 +59,14 @@ class Shards:
 
     @cached_property
     def docs(self) -> TokenTable:
-        """The documents."""
+        """The documents, or their passages where documents are split."""
         return TokenTable(self.path, "docs", "document")
+
+    @cached_property
+    def documents(self) -> PassageMap:
+        """Which rows of `docs` belong to which document."""
+        ends = np.load(self.path / ENDS) if self.split_documents else None
+        return PassageMap(self.docs, ends)
 
     def queries(self, split: str) -> TokenTable:
         """The queries of a split."""

@@ -57,6 +57,10 @@ class Encoded:
 
 class TextEncoder:
     """Encodes texts in batches with the threads of the `tokenizers` library; the result depends on no thread.
+
+    Attributes:
+        pair_template: ids of the special tokens before, between and behind the two texts of a row of `pairs`.
+        first_specials: how many of them belong to its first segment.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -82,6 +86,15 @@ class TextEncoder:
     def singles(self, texts: list[str], max_length: int) -> Encoded:
         """Rows `[CLS] text [SEP]`."""
         return self._encode(texts, max_length, self._single_specials)
+
+    def plain(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all texts one after another, uncut and without special tokens, and the length of each."""
+        self._backend.no_truncation()
+        rows = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        values = np.fromiter(itertools.chain.from_iterable(rows), np.uint32, int(lengths.sum()))
+        values[self._is_special[values]] = self.special.unk
+        return values, lengths
 
     def check_length(self, max_length: int, what: str) -> None:
         """InputError for a length that leaves no room for text or that the tokenizer's model cannot read."""
@@ -118,7 +131,7 @@ class TextEncoder:
         """From where the template's tokens are: the first segment ends with its last one before the second.
         """
         places = np.flatnonzero(special).reshape(len(lengths), self._pair_specials)
-        last = places[:, self._first_specials - 1]
+        last = places[:, self.first_specials - 1]
         return last + 1 - (np.cumsum(lengths) - lengths)
 
     def _template(self) -> None:
@@ -137,7 +150,9 @@ class TextEncoder:
         self._single_specials, self._pair_specials = sum(single.special_tokens_mask), int(mask.sum())
         before = int(mask[: order[0]].sum())
         typed = sum(pair.type_ids[i] == pair.type_ids[order[0]] for i in middle)
-        self._first_specials = before + (typed if self.token_type_ids else 1)
+        self.first_specials = before + (typed if self.token_type_ids else 1)
+        ids = np.asarray(pair.ids)
+        self.pair_template = ids[: order[0]], ids[middle], ids[order[-1] + 1 :]
         self._is_special = np.zeros(max(self.vocab_size, max(pair.ids) + 1), bool)
         self._is_special[np.asarray(pair.ids)[mask == 1]] = True
         self._is_special[list(self.special.structural)] = True

@@ -53,6 +53,27 @@ def bottleneck(pooled: Tensor, embeddings: Tensor, source: str = "logits") -> Te
         return importance(pooled, source) @ embeddings.detach().float()
 
 
+def bag_of_words_loss(pooled: Tensor, ids: Tensor, text_mask: Tensor) -> Tensor:
+    """Bag-of-words loss of DupMAE (Xiao et al., RetroMAE-2, ACL 2023), summed over the texts: a float32 scalar.
+
+    What stands in a text is predicted at once from the maximum over its ordinary tokens' logits,
+
+        loss(x) = -1/n · Σ_{v in set(x)} log softmax(pooled)_v
+
+    where set(x) are the different tokens of the n text tokens. Dividing by n is what the authors' published code does.
+
+    Args:
+        pooled: [B, V] maximum over text tokens of the logits of the masked text.
+        ids: [B, L] the ids before masking.
+        text_mask: [B, L], true at text tokens. A text without any has no loss.
+    """
+    with torch.autocast(pooled.device.type, enabled=False):
+        likely = torch.log_softmax(pooled.float(), dim=-1)
+        bag = torch.zeros_like(likely).scatter_add(1, ids, text_mask.to(likely.dtype)) > 0  # [B, V]
+        n = text_mask.sum(1).clamp_min(1)
+        return -(likely.masked_fill(~bag, 0.0).sum(1) / n).sum()
+
+
 def top_k(values: Tensor, k: int) -> Tensor:
     """Keep the k largest entries of each row of [B, V]; the others become 0. Equal values: any of them."""
     if k < 1:

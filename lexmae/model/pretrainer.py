@@ -31,11 +31,13 @@ class Pretrainer(nn.Module):
         n_decoder_layers: layers of the weak decoder, of the backbone's own kind, randomly initialised here.
         bottleneck: where b comes from: `logits` (the paper), `saturated`, `cls`, or `off`.
         head: implementation of the output matrix's products, see `head.max_logits`.
+        bag_of_words: also compute the loss of `lexicon.bag_of_words_loss`, whatever the bottleneck is made of.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, n_decoder_layers: int = 2, bottleneck: str = "logits", head: str = "auto"
-    ):
+        self, lm: PreTrainedModel, n_decoder_layers: int = 2, bottleneck: str = "logits", head: str = "auto",
+        bag_of_words: bool = False,
+    ):  # fmt: skip
         super().__init__()
         if bottleneck not in lexicon.SOURCES:
             raise InputError(f"unknown bottleneck {bottleneck!r}; known: {', '.join(lexicon.SOURCES)}")
@@ -43,6 +45,7 @@ class Pretrainer(nn.Module):
         self.decoder = backbone.new_decoder(lm, n_decoder_layers)
         self.source = bottleneck
         self.head = head
+        self.bag_of_words = bag_of_words
 
     def forward(
         self,
@@ -50,11 +53,13 @@ class Pretrainer(nn.Module):
         attention_mask: Tensor,
         text_mask: Tensor,
         token_type_ids: Tensor | None,
-        enc_labels: Tensor,
-        dec_input_ids: Tensor,
-        dec_labels: Tensor,
-    ) -> dict[str, Tensor]:
+        enc_labels: Tensor | None = None,
+        dec_input_ids: Tensor | None = None,
+        dec_labels: Tensor | None = None,
+    ) -> dict[str, Tensor] | Tensor:
         """Sums and counts of the two losses, so that the caller may divide by a global count.
+
+        Without labels, the lexicon vectors [B, V] of the texts, as `SparseEncoder` gives them.
 
         Args, all [B, L]:
             input_ids, enc_labels: encoder-masked ids; true ids at the masked positions, IGNORE elsewhere.
@@ -65,35 +70,43 @@ class Pretrainer(nn.Module):
 
         Returns:
             `enc_loss_sum`, `enc_count`, `enc_correct`, `dec_loss_sum`, `dec_count`, `dec_correct`: float32
-            scalars; the losses are sums of cross entropies over labelled positions. `bottleneck`: [B, H],
-            what the decoder reads at position 0.
+            scalars; the losses are sums of cross entropies over labelled positions. `bow_loss_sum`: sum over the
+            texts, where there is a bag-of-words loss. `bottleneck`: [B, H], what the decoder reads at position 0.
         """
         hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)  # [B, L, H]
         features = backbone.transform(self.lm, hidden)
         weight, bias = backbone.output_matrix(self.lm)
+        pooled = None
+        if enc_labels is None or self.bag_of_words or self.source in lexicon.LEXICON_SOURCES:
+            pooled = max_logits(features, weight, bias, text_mask, self.head)  # [B, V]
+        if enc_labels is None:
+            return lexicon.saturate(pooled)
         encoder = masked_lm_loss(features, weight, bias, enc_labels, head=self.head)
 
         embedded = backbone.embed(self.lm, dec_input_ids, token_type_ids)
-        vector = self._bottleneck(hidden, features, text_mask)
+        vector = self._bottleneck(hidden, pooled)
         if vector is not None:
             embedded = torch.cat([vector.to(embedded.dtype).unsqueeze(1), embedded[:, 1:]], dim=1)
         decoded = self.decoder(embedded, attention_mask)
         tied = backbone.word_embeddings(self.lm)
         decoder = masked_lm_loss(decoded, tied, self.decoder.bias, dec_labels, self.decoder.transform, self.head)
+        bag = {}
+        if self.bag_of_words:
+            shown = torch.where(enc_labels == IGNORE, input_ids, enc_labels)  # the text before masking
+            bag["bow_loss_sum"] = lexicon.bag_of_words_loss(pooled, shown, text_mask)
         return {
+            **bag,
             **{f"enc_{name}": value for name, value in encoder.items()},
             **{f"dec_{name}": value for name, value in decoder.items()},
             "bottleneck": embedded[:, 0] if vector is None else vector,
         }
 
-    def _bottleneck(self, hidden: Tensor, features: Tensor, text_mask: Tensor) -> Tensor | None:
+    def _bottleneck(self, hidden: Tensor, pooled: Tensor | None) -> Tensor | None:
         """b [B, H], or None when the decoder keeps its own [CLS] embedding."""
         if self.source == "off":
             return None
         if self.source == "cls":
             return hidden[:, 0]
-        weight, bias = backbone.output_matrix(self.lm)
-        pooled = max_logits(features, weight, bias, text_mask, self.head)  # [B, V]
         return lexicon.bottleneck(pooled, backbone.word_embeddings(self.lm), self.source)
 
 

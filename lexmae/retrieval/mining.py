@@ -13,6 +13,7 @@ from lexmae import artifact
 from lexmae.cli import say
 from lexmae.data.corpus import Corpus, Query
 from lexmae.data.negatives import Row
+from lexmae.data.passages import document_of
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.retrieval.bm25 import Bm25, token_rows
@@ -47,10 +48,13 @@ class Statistics:
 
 
 def mine_run(run: Run, qrels: Qrels, depth: int = DEPTH,
-             statistics: Statistics | None = None) -> Iterator[Row]:
+             statistics: Statistics | None = None, passages: bool = False) -> Iterator[Row]:
     """Rows without scores: the first ``depth`` documents that are not judged relevant.
 
     Only queries with a positive judgement are of use to training; they come in the order of the judgements.
+
+    Args:
+        passages: the run ranks passages of split documents; those of a relevant document are left out.
     """
     if depth < 1:
         raise InputError(f"depth must be at least 1, not {depth}")
@@ -60,8 +64,9 @@ def mine_run(run: Run, qrels: Qrels, depth: int = DEPTH,
     counts.unjudged = sum(query not in positives for query in run)
     for query, relevant in positives.items():
         ranked = run.documents(query) if query in run else []
-        negatives = [document for document in ranked if document not in relevant][:depth]
-        counts.dropped_positives += sum(document in relevant for document in ranked)
+        keep = [(document_of(name) if passages else name) not in relevant for name in ranked]
+        negatives = [name for name, kept in zip(ranked, keep, strict=True) if kept][:depth]
+        counts.dropped_positives += keep.count(False)
         if not negatives:
             counts.without_negatives += 1
             continue

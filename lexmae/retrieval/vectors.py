@@ -164,6 +164,14 @@ class SparseVectors:
         """The same texts with at most ``top_k`` terms each."""
         return SparseVectors(self.ids, *prune(self.csr, top_k), self.vocabulary, {**self.extra, "top_k": top_k})
 
+    def subset(self, rows: Sequence[int]) -> SparseVectors:
+        """Some of the texts, in the given order."""
+        parts = [slice(self.indptr[row], self.indptr[row + 1]) for row in rows]
+        ends = np.cumsum([0, *(part.stop - part.start for part in parts)]).astype(np.int64)
+        indices, weights = (np.concatenate([values[:0], *(values[part] for part in parts)])
+                            for values in (self.indices, self.weights))
+        return SparseVectors([self.ids[row] for row in rows], ends, indices, weights, self.vocabulary, self.extra)
+
     def to_scipy(self) -> scipy.sparse.csr_array:
         """The matrix [R, V] with int64 weights."""
         import scipy.sparse

@@ -32,6 +32,7 @@ class Run:
         data: optimizer step → this rank's part of its batch.
         config: the composed recipe, kept in checkpoints.
         folder: the run's folder.
+        probe: optimizer steps done → figures of a probe, none where none is due.
     """
 
     engine: Engine
@@ -42,6 +43,7 @@ class Run:
     total: int
     folder: Path
     config: dict[str, Any]
+    probe: Callable[[int], dict[str, float]] = lambda step: {}
 
 
 class _Window:
@@ -80,7 +82,7 @@ def train(run: Run, start: int = 0) -> None:
     checkpoints = run.folder / "checkpoints"
     bar = progress(total=run.total, desc=run.folder.name, unit="step", initial=start)
     batches = prefetch(run.data, start, run.total)
-    window = _Window()
+    window, shown = _Window(), {}
     try:
         for step in range(start, run.total):
             waiting = time.perf_counter()
@@ -94,8 +96,15 @@ def train(run: Run, start: int = 0) -> None:
                 values = window.report(run.engine, last)
                 _refuse_divergence(run.engine, done, values["loss"])
                 log.write(done, {**values, "lr": lr, "examples": done * run.optimization.batch})
-                bar.set_postfix({"loss": f"{values['loss']:.3f}", "tokens/s": f"{values['tokens_per_second']:.0f}"})
+                shown |= {"loss": f"{values['loss']:.3f}", "tokens/s": f"{values['tokens_per_second']:.0f}"}
+                bar.set_postfix(shown)
                 window = _Window()
+            probing = time.perf_counter()
+            if figures := run.probe(done):
+                log.write(done, figures)
+                shown["probe"] = f"{figures['probe_mrr_10']:.4f}"
+                bar.set_postfix(shown)
+                window.start += time.perf_counter() - probing  # rates are those of training
             every = run.logging.checkpoint_every
             if done == run.total or (every and done % every == 0):
                 checkpoint.save(run.engine, checkpoints, done, run.config, run.logging.keep)

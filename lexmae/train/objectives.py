@@ -33,12 +33,16 @@ class Objective(Protocol):
              total_steps: int) -> tuple[torch.Tensor, Metrics]:
         """This micro-batch's share of the step's loss, and its shares of the metrics."""
 
+    def encode(self, forward: Callable[..., Any], text: TextBatch) -> torch.Tensor:
+        """Lexicon vectors [B, V] of texts, by a call of the model."""
+
     def sizes(self, batch: Any) -> tuple[int, int]:
         """Tokens of a micro-batch, without and with padding."""
 
 
 class PretrainObjective:
-    """Masked-LM losses of encoder and decoder (SPEC §1), means over the labelled positions of the global batch."""
+    """Masked-LM losses of encoder and decoder (SPEC §1), means over the labelled positions of the global batch, and
+    where it has a weight the bag-of-words loss, a mean over its texts."""
 
     def __init__(self, config: BottleneckConfig):
         self.config = config
@@ -48,19 +52,28 @@ class PretrainObjective:
         return step_data
 
     def counts(self, step_data: list[PretrainBatch]) -> list[int]:
-        """Labelled positions for the encoder and for the decoder."""
-        return [sum(batch.enc_count for batch in step_data), sum(batch.dec_count for batch in step_data)]
+        """Labelled positions for the encoder and for the decoder; texts, where there is a bag-of-words loss."""
+        texts = [sum(len(batch.enc_labels) for batch in step_data)] if self.config.bow_weight else []
+        return [sum(batch.enc_count for batch in step_data), sum(batch.dec_count for batch in step_data), *texts]
 
     def loss(self, forward, batch: PretrainBatch, totals: list[float], step: int,
              total_steps: int) -> tuple[torch.Tensor, Metrics]:
-        """``w_enc·loss_enc + w_dec·loss_dec``."""
+        """``w_enc·loss_enc + w_dec·loss_dec + w_bow·loss_bow``."""
         out = forward(**batch.text.arguments(), enc_labels=batch.enc_labels, dec_input_ids=batch.dec_input_ids,
                       dec_labels=batch.dec_labels)
-        encoder, decoder = (max(1.0, total) for total in totals)
+        encoder, decoder, *texts = (max(1.0, total) for total in totals)
         enc_loss, dec_loss = out["enc_loss_sum"] / encoder, out["dec_loss_sum"] / decoder
         loss = self.config.encoder_weight * enc_loss + self.config.decoder_weight * dec_loss
-        return loss, {"loss": loss.detach(), "loss_enc": enc_loss.detach(), "loss_dec": dec_loss.detach(),
+        bag = {}
+        if texts:
+            bow_loss = out["bow_loss_sum"] / texts[0]
+            loss, bag = loss + self.config.bow_weight * bow_loss, {"loss_bow": bow_loss.detach()}
+        return loss, {"loss": loss.detach(), "loss_enc": enc_loss.detach(), "loss_dec": dec_loss.detach(), **bag,
                       "accuracy_enc": out["enc_correct"] / encoder, "accuracy_dec": out["dec_correct"] / decoder}
+
+    def encode(self, forward, text: TextBatch) -> torch.Tensor:
+        """Lexicon vectors [B, V] of texts."""
+        return forward(**text.arguments())
 
     def sizes(self, batch: PretrainBatch) -> tuple[int, int]:
         """Tokens without and with padding."""
@@ -81,8 +94,10 @@ class RankingModel(nn.Module):
         super().__init__()
         self.encoder, self.recompute = encoder, recompute
 
-    def forward(self, batch: RankingBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Vectors of the queries [Q, V] and of the documents [Q·N, V], in the batch's order."""
+    def forward(self, batch: RankingBatch | TextBatch) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        """Vectors of the queries [Q, V] and of the documents [Q·N, V], in the batch's order; of texts alone, [B, V]."""
+        if isinstance(batch, TextBatch):
+            return self._encode(batch)
         docs = torch.cat([self._encode(chunk) for chunk in batch.docs])
         return self._encode(batch.queries), docs[batch.doc_order]
 
@@ -129,6 +144,10 @@ class RankingObjective:
                   "terms_queries": losses.active_terms(queries), "lambda_docs": loss.new_tensor(lambda_d),
                   "lambda_queries": loss.new_tensor(lambda_q)}
         return loss / self.world, {name: value.detach() / self.world for name, value in values.items()}
+
+    def encode(self, forward, text: TextBatch) -> torch.Tensor:
+        """Lexicon vectors [B, V] of texts."""
+        return forward(text)
 
     def sizes(self, batch: RankingBatch) -> tuple[int, int]:
         """Tokens without and with padding."""

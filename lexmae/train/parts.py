@@ -58,7 +58,8 @@ def _common(config: Any, place: Place) -> dict[str, int]:
 
 
 def _pretraining(config: PretrainRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
-    model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source)
+    model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source,
+                       bag_of_words=config.bottleneck.bow_weight > 0)
     data = PretrainData(shards, config.masking, micro_batch=place.hardware.micro_batch, **_common(config, place))
     return Parts(model, PretrainObjective(config.bottleneck), data)
 
@@ -70,7 +71,7 @@ def _ranking(config: FinetuneRecipe, lm: Any, shards: Shards, place: Place) -> P
     chunk = spread.micro_batch or (texts if torch.cuda.is_available() else _CPU_CHUNK)
     lists = Path(config.output) / "negatives"
     place.on_rank_zero(lambda: draws.build(shards, config.split, config.negatives.path or None,
-                                           config.negatives.depth, lists))
+                                           config.negatives.depth, lists, config.passages))
     data = RankingData(shards, config.split, draws.NegativeLists(lists), config.negatives, micro_batch=chunk,
                        exclude_judged=config.loss.exclude_judged, **_common(config, place))
     model = RankingModel(SparseEncoder(lm), recompute=0 < spread.micro_batch < texts)

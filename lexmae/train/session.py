@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,14 @@ import torch
 
 from lexmae import artifact, recipe
 from lexmae.cli import say
-from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe
+from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, ProbeConfig
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model.encoder import save_masked_lm
-from lexmae.train import hardware, parts, schedules
+from lexmae.train import hardware, parts, probe, schedules
 from lexmae.train.hardware import Hardware
 
-_WHERE_ONLY = ("output", "deepspeed", "logging")  # may change between a run and its continuation
+_WHERE_ONLY = ("output", "deepspeed", "logging", "probe")  # may change between a run and its continuation
 
 
 def check(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None, world: int | None = None) -> Hardware:
@@ -37,6 +39,8 @@ def check(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None, wo
                              config.data)
         if config.negatives.path and not Path(config.negatives.path).is_file():
             raise InputError("no such file of negatives", config.negatives.path)
+    if config.probe.every:
+        probe.check(config.probe, shards)
     _check_init(config.model, shards)
     output = Path(config.output)
     if not resume and artifact.exists(output / "model"):
@@ -86,12 +90,38 @@ def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> N
         total = schedules.total_steps(config.optimization, data.size)
         _announce(config, spread, model, total, data.size, run_engine.world)
         start = checkpoint.load(run_engine, chosen) if chosen else 0
-        loop.train(loop.Run(run_engine, objective, data, config.optimization, config.logging, total, output, learned),
-                   start)
-        state = run_engine.full_state(lm)
-        engine.on_rank_zero(lambda: _export(lm, state, config, shards, total))
+        export = functools.partial(_export, run_engine, engine.on_rank_zero, lm, config, shards)
+        probing = {}
+        if config.probe.every:
+            probing["probe"] = _probe(config, shards, objective, run_engine, engine, total, bool(chosen), export)
+        loop.train(loop.Run(run_engine, objective, data, config.optimization, config.logging, total, output, learned,
+                            **probing), start)
+        export("model", total)
     finally:
         engine.stop_processes()
+
+
+def _probe(config: Any, shards: Shards, objective: Any, run_engine: Any, engine: Any, total: int, resumed: bool,
+           export: Callable) -> probe.Probe:
+    """The probe of a run; the best model so far is that of `output/best` where the run is continued."""
+    best, settings = Path(config.output) / "best", {"learned": _learning(config), "probe": _measured(config.probe)}
+
+    def keep(step: int, figures: dict[str, Any]) -> None:
+        export("best", step, probe={**figures, "step": step, "settings": settings})
+        say(f"{best}: probe MRR@10 {figures['probe_mrr_10']:.4f} at step {step}")
+
+    before = torch.zeros(1, dtype=torch.float64, device=run_engine.device)
+    if run_engine.rank == 0:  # which tells the others
+        before[0] = probe.best_before(best, settings) if resumed else -1.0
+    chosen = probe.select(config.probe, shards, config.optimization.seed)
+    say(f"probe: {len(chosen.queries)} queries of {config.probe.split}, {chosen.relevant.shape[1]} documents")
+    return probe.Probe(config.probe, shards, chosen, total, run_engine, objective.encode, engine.gather, keep,
+                       run_engine.sum(before).item())
+
+
+def _measured(config: ProbeConfig) -> dict[str, Any]:
+    """The settings on which the figures of a probe depend."""
+    return {"split": config.split, "queries": config.queries, "documents": config.documents}
 
 
 def _learning(config: Any) -> dict[str, Any]:
@@ -112,17 +142,30 @@ def _announce(config: Any, spread: Hardware, model: torch.nn.Module, total: int,
         f"accumulation {spread.accumulation}")
 
 
-def _export(lm: Any, state: dict[str, torch.Tensor], config: Any, shards: Shards, total: int) -> None:
-    """Write ``output/model`` in Hugging Face layout from the gathered float32 weights."""
+def _export(run_engine: Any, on_rank_zero: Callable, lm: Any, config: Any, shards: Shards, name: str, step: int,
+            **facts: Any) -> None:
+    """Write ``output/NAME``, the model after ``step`` steps, from the weights of all ranks; every rank calls it.
+
+    Args:
+        facts: more for its manifest.
+    """
+    state = run_engine.full_state(lm)
+    on_rank_zero(lambda: _write_model(Path(config.output) / name, lm, state, config, shards, step, facts))
+
+
+def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], config: Any, shards: Shards, step: int,
+                 facts: dict[str, Any]) -> None:
+    """A model in Hugging Face layout from the gathered float32 weights; a better best one replaces that before it."""
     extra = shards.manifest.extra
     inputs = {"shards": config.data}
     if config.model.init != "scratch":
         inputs["init"] = config.model.init
     if isinstance(config, FinetuneRecipe) and config.negatives.path:
         inputs["negatives"] = config.negatives.path
-    target = Path(config.output) / "model"
-    with artifact.create(target, "model", inputs=inputs, config=recipe.to_dict(config)) as draft:
+    with artifact.create(target, "model", inputs=inputs, config=recipe.to_dict(config),
+                         overwrite=target.name == "best") as draft:
         save_masked_lm(lm, draft.path, shards.tokenizer_dir, state)
-        draft.counts.update(steps=total, weights=sum(t.numel() for t in state.values()))
+        draft.counts.update(steps=step, weights=sum(t.numel() for t in state.values()))
         draft.extra.update({key: extra[key] for key in ("tokenizer_hash", "vocab_size", "max_length", "query_length")})
+        draft.extra.update(facts)
     say(f"wrote {target}")
