@@ -107,7 +107,8 @@ def train(run: Run, start: int = 0) -> None:
                 window.start += time.perf_counter() - probing  # rates are those of training
             every = run.logging.checkpoint_every
             if done == run.total or (every and done % every == 0):
-                checkpoint.save(run.engine, checkpoints, done, run.config, run.logging.keep)
+                checkpoint.save(run.engine, checkpoints, done, run.config, run.logging.keep,
+                                run.objective.state_dict())
     finally:
         batches.close()
         bar.close()

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lexmae.config import BottleneckConfig, LossConfig
 from lexmae.data.batches import PretrainBatch, RankingBatch, TextBatch
-from lexmae.train import losses, schedules
+from lexmae.model import lexicon
+from lexmae.train import losses
+from lexmae.train.sparsity import Lambdas
 
 Metrics = dict[str, torch.Tensor]  # scalars; summed over micro-batches and ranks they are the value to report
 
@@ -39,8 +41,25 @@ class Objective(Protocol):
     def sizes(self, batch: Any) -> tuple[int, int]:
         """Tokens of a micro-batch, without and with padding."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as JSON values."""
 
-class PretrainObjective:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+
+
+class Stateless:
+    """An objective that has nothing to keep."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+class PretrainObjective(Stateless):
     """Masked-LM losses of encoder and decoder (SPEC §1), means over the labelled positions of the global batch, and
     where it has a weight the bag-of-words loss, a mean over its texts."""
 
@@ -98,8 +117,8 @@ class RankingModel(nn.Module):
         """Vectors of the queries [Q, V] and of the documents [Q·N, V], in the batch's order; of texts alone, [B, V]."""
         if isinstance(batch, TextBatch):
             return self._encode(batch)
-        docs = torch.cat([self._encode(chunk) for chunk in batch.docs])
-        return self._encode(batch.queries), docs[batch.doc_order]
+        docs = torch.cat([self._encode(chunk) for chunk in batch.docs])[batch.doc_order]
+        return torch.cat([self._encode(chunk) for chunk in batch.queries])[batch.query_order], docs
 
     def _encode(self, text: TextBatch) -> torch.Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
@@ -111,15 +130,19 @@ class RankingModel(nn.Module):
 
 
 class RankingObjective:
-    """Contrastive loss over the global batch plus FLOPS on documents and queries (SPEC §3).
+    """Contrastive loss over the global batch, distillation, and sparsity of documents and queries (SPEC §3).
 
     Args:
         gather: rows of this rank → rows of all ranks, differentiable.
         world: number of ranks.
+        teacher: batch → scores [Q, N] of each query's own documents; those that the batch brings where it is not given.
     """
 
-    def __init__(self, config: LossConfig, gather: Callable[[torch.Tensor], torch.Tensor], world: int):
+    def __init__(self, config: LossConfig, gather: Callable[[torch.Tensor], torch.Tensor], world: int,
+                 teacher: Callable[[RankingBatch], torch.Tensor] | None = None):
         self.config, self.gather, self.world = config, gather, world
+        self.teacher = teacher or (lambda batch: batch.teacher_scores)
+        self.lambdas = Lambdas(config)
 
     def micro_batches(self, step_data: RankingBatch) -> list[RankingBatch]:
         """The one batch: every query meets every document of the global batch, so nothing is accumulated."""
@@ -132,18 +155,41 @@ class RankingObjective:
     def loss(self, forward, batch: RankingBatch, totals: list[float], step: int,
              total_steps: int) -> tuple[torch.Tensor, Metrics]:
         """Every rank computes the loss of the global batch and contributes its share of it."""
+        config = self.config
         queries, docs = (self.gather(vectors) for vectors in forward(batch))  # [G, V], [G·N, V]
-        contrastive, accuracy = losses.contrastive(queries, docs, batch.n_docs, batch.exclude,
-                                                   self.config.temperature)
-        flops_d, flops_q = losses.flops(docs), losses.flops(queries)
-        growth = schedules.ramp(step, total_steps, self.config.lambda_ramp)
-        lambda_d, lambda_q = growth * self.config.lambda_docs, growth * self.config.query_weight
-        loss = contrastive + lambda_d * flops_d + lambda_q * flops_q
-        values = {"loss": loss, "loss_contrastive": contrastive, "flops_docs": flops_d, "flops_queries": flops_q,
-                  "accuracy": accuracy, "terms_docs": losses.active_terms(docs),
-                  "terms_queries": losses.active_terms(queries), "lambda_docs": loss.new_tensor(lambda_d),
-                  "lambda_queries": loss.new_tensor(lambda_q)}
+        queries, docs = _largest(queries, config.top_k_queries), _largest(docs, config.top_k_docs)
+        contrastive, accuracy = losses.contrastive(queries, docs, batch.n_docs, batch.exclude, config.temperature)
+        sparsity_d = losses.REGULARISERS[config.regulariser_docs](docs)
+        sparsity_q = losses.REGULARISERS[config.regulariser_queries](queries)
+        lambda_d, lambda_q = self.lambdas.at(step, total_steps)
+        loss = config.contrastive_weight * contrastive + lambda_d * sparsity_d + lambda_q * sparsity_q
+        values = {"loss_contrastive": contrastive, f"{config.regulariser_docs}_docs": sparsity_d,
+                  f"{config.regulariser_queries}_queries": sparsity_q, "accuracy": accuracy,
+                  "terms_docs": losses.active_terms(docs), "terms_queries": losses.active_terms(queries),
+                  "lambda_docs": loss.new_tensor(lambda_d), "lambda_queries": loss.new_tensor(lambda_q)}
+        if config.distillation != "none":
+            values["loss_distillation"] = self._distillation(queries, docs, batch)
+            loss = loss + config.distillation_weight * values["loss_distillation"]
+        if self.lambdas.controllers:
+            self.lambdas.observe(step, total_steps, values["terms_docs"].item(), values["terms_queries"].item())
+        values["loss"] = loss
         return loss / self.world, {name: value.detach() / self.world for name, value in values.items()}
+
+    def _distillation(self, queries: torch.Tensor, docs: torch.Tensor, batch: RankingBatch) -> torch.Tensor:
+        """Distance of each query's own scores from the teacher's, over the global batch."""
+        student = losses.own_scores(queries, docs, batch.n_docs)  # [G, N]
+        teacher = self.gather(self.teacher(batch))
+        if self.config.distillation == "kl":
+            return losses.kl(student, teacher, self.config.distillation_temperature)
+        return losses.margin_mse(student, teacher)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the steering of λ has come to."""
+        return self.lambdas.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.lambdas.load_state_dict(state)
 
     def encode(self, forward, text: TextBatch) -> torch.Tensor:
         """Lexicon vectors [B, V] of texts."""
@@ -151,7 +197,11 @@ class RankingObjective:
 
     def sizes(self, batch: RankingBatch) -> tuple[int, int]:
         """Tokens without and with padding."""
-        return _sizes([batch.queries, *batch.docs])
+        return _sizes([*batch.queries, *batch.docs])
+
+
+def _largest(vectors: torch.Tensor, k: int | None) -> torch.Tensor:
+    return vectors if k is None else lexicon.top_k(vectors, k)
 
 
 def _sizes(texts: list[TextBatch]) -> tuple[int, int]:

@@ -70,8 +70,8 @@ def _ranking(config: FinetuneRecipe, lm: Any, shards: Shards, place: Place) -> P
     # Without a micro-batch nothing is recomputed; a CPU still gains from short texts that are not padded to long ones.
     chunk = spread.micro_batch or (texts if torch.cuda.is_available() else _CPU_CHUNK)
     lists = Path(config.output) / "negatives"
-    place.on_rank_zero(lambda: draws.build(shards, config.split, config.negatives.path or None,
-                                           config.negatives.depth, lists, config.passages))
+    stored = config.loss.distillation != "none" and not config.loss.teacher
+    place.on_rank_zero(lambda: draws.build(shards, config.split, config.negatives, lists, config.passages, stored))
     data = RankingData(shards, config.split, draws.NegativeLists(lists), config.negatives, micro_batch=chunk,
                        exclude_judged=config.loss.exclude_judged, **_common(config, place))
     model = RankingModel(SparseEncoder(lm), recompute=0 < spread.micro_batch < texts)

@@ -37,8 +37,9 @@ def check(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None, wo
         if config.split not in shards.splits:
             raise InputError(f"has no queries of the split '{config.split}'; it has {', '.join(shards.splits)}",
                              config.data)
-        if config.negatives.path and not Path(config.negatives.path).is_file():
-            raise InputError("no such file of negatives", config.negatives.path)
+        for source in config.negatives.lists:
+            if not Path(source.path).is_file():
+                raise InputError("no such file of negatives", source.path)
     if config.probe.every:
         probe.check(config.probe, shards)
     _check_init(config.model, shards)
@@ -89,7 +90,8 @@ def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> N
         run_engine = engine.Engine(model, spread, config.optimization, device)
         total = schedules.total_steps(config.optimization, data.size)
         _announce(config, spread, model, total, data.size, run_engine.world)
-        start = checkpoint.load(run_engine, chosen) if chosen else 0
+        start, state = checkpoint.load(run_engine, chosen) if chosen else (0, {})
+        objective.load_state_dict(state)
         export = functools.partial(_export, run_engine, engine.on_rank_zero, lm, config, shards)
         probing = {}
         if config.probe.every:
@@ -160,8 +162,8 @@ def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], config: 
     inputs = {"shards": config.data}
     if config.model.init != "scratch":
         inputs["init"] = config.model.init
-    if isinstance(config, FinetuneRecipe) and config.negatives.path:
-        inputs["negatives"] = config.negatives.path
+    if isinstance(config, FinetuneRecipe):
+        inputs |= {f"negatives{i or ''}": source.path for i, source in enumerate(config.negatives.lists)}
     with artifact.create(target, "model", inputs=inputs, config=recipe.to_dict(config),
                          overwrite=target.name == "best") as draft:
         save_masked_lm(lm, draft.path, shards.tokenizer_dir, state)

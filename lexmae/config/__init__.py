@@ -10,18 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lexmae.errors import InputError
+from lexmae.config.checks import require
+from lexmae.config.ranking import ActiveTermsConfig, LossConfig, NegativesConfig, NegativeSource
+
+__all__ = ["ARCHITECTURES", "ActiveTermsConfig", "BottleneckConfig", "FinetuneRecipe", "LoggingConfig", "LossConfig",
+           "MaskingConfig", "ModelConfig", "NegativeSource", "NegativesConfig", "OptimizationConfig", "PretrainRecipe",
+           "ProbeConfig", "require"]
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert")
 DECODER_MASKS = ("inclusive", "exclusive", "random")
 PASSAGES = ("first", "all")
 BOTTLENECKS = ("logits", "saturated", "cls", "off")
-
-
-def require(condition: bool, reason: str) -> None:
-    """Raise InputError(reason) unless ``condition`` holds."""
-    if not condition:
-        raise InputError(reason)
 
 
 @dataclass(frozen=True)
@@ -93,55 +92,6 @@ class BottleneckConfig:
         require(self.decoder_layers >= 1, "decoder_layers: at least 1 is needed")
         for name in ("encoder_weight", "decoder_weight", "bow_weight"):
             require(getattr(self, name) >= 0, f"{name}: cannot be negative")
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Contrastive loss and sparsity of fine-tuning (SPEC §3).
-
-    Attributes:
-        lambda_docs: weight λ_d of the FLOPS regulariser on documents.
-        lambda_queries: weight λ_q on queries; 0.75·λ_d where it is not given.
-        lambda_ramp: share of the steps over which both grow quadratically from 0; 0 has them constant.
-        temperature: divides the scores in the contrastive loss.
-        exclude_judged: leave other judged positives of a query out of its negatives within the batch.
-    """
-
-    lambda_docs: float = 0.0020
-    lambda_queries: float | None = None
-    lambda_ramp: float = 0.0
-    temperature: float = 1.0
-    exclude_judged: bool = True
-
-    def __post_init__(self):
-        require(self.lambda_docs >= 0, "lambda_docs: cannot be negative")
-        require(self.lambda_queries is None or self.lambda_queries >= 0, "lambda_queries: cannot be negative")
-        require(0 <= self.lambda_ramp <= 1, "lambda_ramp: a share of the steps between 0 and 1 is needed")
-        require(self.temperature > 0, "temperature: must be positive")
-
-    @property
-    def query_weight(self) -> float:
-        """λ_q."""
-        return 0.75 * self.lambda_docs if self.lambda_queries is None else self.lambda_queries
-
-
-@dataclass(frozen=True)
-class NegativesConfig:
-    """Hard negatives of a query.
-
-    Attributes:
-        path: file of negatives in any format of SPEC §5.
-        per_query: how many join each positive.
-        depth: they are drawn from this many at the top of the list.
-    """
-
-    path: str = ""
-    per_query: int = 15
-    depth: int = 1000
-
-    def __post_init__(self):
-        require(self.per_query >= 0, "per_query: cannot be negative")
-        require(self.depth >= 1, "depth: at least 1 is needed")
 
 
 @dataclass(frozen=True)
