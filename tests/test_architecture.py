@@ -33,10 +33,11 @@ FENCES = {
     "datasets": {"lexmae/data/hub.py"},
 }
 WITHOUT_TORCH = """errors cli config recipe artifact data.corpus data.qrels data.negatives data.builtin data.prepare
-    data.marco data.passages retrieval.maxp
-    data.shards data.tokens data.tokenizer data.masking data.randomness data.draws retrieval.vectors retrieval.export
-    retrieval.engines retrieval.exact retrieval.anserini retrieval.runs retrieval.metrics retrieval.mining
-    retrieval.bm25 retrieval.reports train.hardware train.schedules cycle.plan cycle.runner cycle.report""".split()
+    data.subset data.shards data.tokens data.tokenizer data.masking data.randomness data.draws retrieval.vectors
+    retrieval.export retrieval.engines retrieval.exact retrieval.anserini retrieval.runs retrieval.metrics
+    retrieval.mining retrieval.bm25 retrieval.reports train.hardware train.schedules cycle.plan cycle.runner
+    cycle.report
+    data.marco data.passages retrieval.maxp""".split()
 HEAVY = {"torch", "transformers", "deepspeed", "tensorboard"}
 
 

@@ -416,3 +416,9 @@ def test_pickles_of_another_shape(tmp_path, value):
 )
 def test_bad_negatives(tmp_path, text, reason):
     assert reason in error(negatives, tmp_path / "n", text)
+
+
+def test_documents_alone_are_a_collection(tmp_path):
+    c.write_beir(tmp_path / "beir", [c.Passage("d", "", "text")], [], {})
+    found = c.Corpus.open(tmp_path / "beir")
+    assert list(found.passages()) == [c.Passage("d", "", "text")] and found.splits() == []

@@ -226,12 +226,17 @@ def write_beir(
     queries: Iterable[Query],
     qrels: Mapping[str, Mapping[str, Mapping[str, int]]],
 ) -> None:
-    """Write a BEIR folder, qrels per split; it appears under its name when it is complete."""
+    """Write a BEIR folder, qrels per split; it appears under its name when it is complete.
+
+    Without queries there is no file of queries: documents alone are a collection too.
+    """
     with artifact.create(folder, "corpus") as draft:
         documents = ({"_id": p.id, "title": p.title, "text": p.text} for p in passages)
         draft.counts["documents"] = _write_objects(draft.path / "corpus.jsonl", documents)
         rows = ({"_id": q.id, "text": q.text} for q in queries)
         draft.counts["queries"] = _write_objects(draft.path / "queries.jsonl", rows)
+        if not draft.counts["queries"]:
+            (draft.path / "queries.jsonl").unlink()
         (draft.path / "qrels").mkdir()
         for split, judged in qrels.items():
             write_qrels(draft.path / "qrels" / f"{split}.tsv", judged)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Random access to tokenised passages: padded batches of our shards against Hugging Face datasets and Arrow `take`.
 
-    python benchmarks/shards.py [--rows 200000] [--batch 256] [--batches 200]
+    python benchmarks/bench_data.py [--rows 200000] [--batch 256] [--batches 200]
 
 All read the same synthetic rows (100 to 144 tokens of 16 bits) and return one padded int64 array. Printed: samples per
 second on one core, the best of three rounds, and the ratio to the first line. `tokens()` is the read without padding.

@@ -1,6 +1,6 @@
 """Times the fused LM head against the plain one, in ms.
 
-    OMP_NUM_THREADS=1 python benchmarks/head.py [--batch 64 --length 96 --vocab 8192 --hidden 192]
+    OMP_NUM_THREADS=1 python benchmarks/bench_head.py [--batch 64 --length 96 --vocab 8192 --hidden 192]
 
 Four cases: the masked maximum forward only; forward and backward with the gradient of the pre-training
 bottleneck, `softmax`, not zero anywhere; with that of the saturated lexicon, `sparse`, not zero for `--active`

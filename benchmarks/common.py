@@ -1,0 +1,209 @@
+"""What the benchmarks share: real texts of a stated length distribution, runs in turn, a table, a JSON record."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lexmae import artifact
+from lexmae.data import tokenizer
+from lexmae.data.builtin import build
+from lexmae.data.corpus import Corpus
+from lexmae.model import backbone
+from lexmae.model.encoder import save_masked_lm
+
+RESULTS = Path(__file__).parent / "results"
+MEAN_TOKENS, MAX_TOKENS = 77, 144  # MS MARCO passages under BERT's WordPiece
+PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "numpy", "numba")
+SIZES = {
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "mini": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+}
+"""Shapes of BERT: BERT-base, MiniLM-L6, and one that only shows that a script works."""
+
+
+def make_parser(description: str | None, **defaults: int) -> argparse.ArgumentParser:
+    """A parser with the options of all benchmarks, and one for each keyword."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", metavar="DIR", help="collection with the texts; default: docstrings of the packages")
+    parser.add_argument("--size", choices=SIZES, default="base", help="shape of the BERT, default base")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn; default 3")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16, both sides")
+    parser.add_argument("--json", metavar="FILE", help="write the record there")
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
+    return parser
+
+
+def texts(source: str | None, count: int, folder: Path, seed: int = 0) -> list[str]:
+    """``count`` passages cut to lengths drawn from a log-normal distribution with MS MARCO's mean, 144 at most.
+
+    A text that is too short goes on with the next one. Three words count as four tokens.
+    """
+    if source is None:
+        source = str(folder / "builtin")
+        if not artifact.exists(source):
+            build(source)
+    def words() -> Iterator[str]:
+        while True:
+            yield from (word for passage in Corpus.open(source).passages() for word in passage.text.split())
+
+    stream = words()
+    lengths = draw_lengths(count, seed).tolist()
+    return [" ".join(itertools.islice(stream, max(1, length * 3 // 4))) for length in lengths]
+
+
+def draw_lengths(count: int, seed: int = 0) -> np.ndarray:
+    """Lengths in tokens, int64 [count]: log-normal with σ 0.45, at least 8, at most 144, mean about 77."""
+    sigma = 0.45
+    drawn = np.random.default_rng(seed).lognormal(math.log(MEAN_TOKENS + 2) - sigma**2 / 2, sigma, count)
+    return np.clip(np.rint(drawn), 8, MAX_TOKENS).astype(np.int64)
+
+
+def model_folder(folder: Path, size: str, sample: list[str], vocabulary: int = 30522) -> Path:
+    """A BERT of random weights with a WordPiece trained on the texts, as a Hugging Face folder.
+
+    Weights and words do not change how long a step takes. The vocabulary of the model has BERT's size whatever the
+    texts support.
+    """
+    target = folder / f"bert-{size}"
+    if (target / "config.json").is_file():
+        return target
+    words = tokenizer.train(lambda: sample, vocabulary)
+    words.save_pretrained(folder / "tokenizer")
+    special = {name: getattr(words, f"{name}_token_id") for name in ("pad", "unk", "cls", "sep", "mask")}
+    torch.manual_seed(0)
+    lm = backbone.create_masked_lm("bert", vocabulary, special, {**SIZES[size], "max_position_embeddings": 512,
+                                                               "hidden_dropout_prob": 0.0,
+                                                               "attention_probs_dropout_prob": 0.0})
+    # A peer that knows one text has one segment, lexmae has two: made equal, both compute the same.
+    torch.nn.init.zeros_(lm.base_model.embeddings.token_type_embeddings.weight)
+    save_masked_lm(lm, target, folder / "tokenizer")
+    return target
+
+
+@dataclass
+class Side:
+    """One side of a comparison: what is run, and how much work a run does."""
+
+    name: str
+    run: Callable[[], Any]
+    work: float
+    unit: str
+
+
+def in_turn(sides: list[Side], rounds: int, device: str) -> dict[str, dict[str, Any]]:
+    """Run every side once to warm up, then ``rounds`` times in turn A B A B …; figures by the sides' names.
+
+    The ratio is that of the first side's speed to each other's, as the median over the rounds.
+    """
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    memory: dict[str, float] = dict.fromkeys(seconds, 0.0)
+    for turn in range(rounds + 1):
+        for side in sides:
+            with peak_memory(device) as peak:
+                start = time.perf_counter()
+                side.run()
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                spent = time.perf_counter() - start
+            memory[side.name] = max(memory[side.name], peak())
+            if turn:
+                seconds[side.name].append(spent)
+    own = seconds[sides[0].name]
+    return {side.name: {
+        "seconds": [round(s, 4) for s in seconds[side.name]],
+        "speed": side.work / statistics.median(seconds[side.name]), "unit": side.unit,
+        "ratio": statistics.median(theirs / ours for theirs, ours in zip(seconds[side.name], own, strict=True)),
+        "spread": (max(seconds[side.name]) - min(seconds[side.name])) / statistics.median(seconds[side.name]),
+        "peak_mib": round(memory[side.name], 1)} for side in sides}
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[Callable[[], float]]:
+    """A function that gives the peak of a block in MiB beyond its beginning: of the GPU, or of the process."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield lambda: (torch.cuda.max_memory_allocated() - before) / 2**20
+        return
+    before, most, done = _resident(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            most[0] = max(most[0], _resident())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: max(0.0, most[0] - before)
+    finally:
+        done.set()
+        thread.join()
+
+
+def _resident() -> float:
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def report(title: str, figures: dict[str, dict[str, Any]], args: argparse.Namespace, **facts: Any) -> None:
+    """Print the table, and write the record where ``--json`` says."""
+    record = {"benchmark": title, "command": " ".join([Path(sys.executable).name, *sys.argv]),
+              "date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions(),
+              "threads": torch.get_num_threads(), "facts": facts, "figures": figures}
+    print(f"\n{title}\n{record['hardware']}; {record['threads']} threads; "
+          + ", ".join(f"{name} {number}" for name, number in record["versions"].items()))
+    print("; ".join(f"{name} {value}" for name, value in facts.items()))
+    width = max(map(len, figures))
+    for name, row in figures.items():
+        print(f"{name:{width}}  {row['speed']:12,.1f} {row['unit']:10}  ratio {row['ratio']:6.2f}  "
+              f"spread {row['spread']:5.1%}  peak {row['peak_mib']:8.0f} MiB")
+    if args.json:
+        with artifact.atomic_file(args.json) as out:
+            json.dump(record, out, indent=1)
+            out.write("\n")
+
+
+def hardware() -> str:
+    """Processor, cores and GPU in words."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        rows = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = rows[0] if rows else name
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores{gpu}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what is compared."""
+    found = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
