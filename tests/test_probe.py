@@ -20,6 +20,7 @@ from lexmae.model.encoder import SparseEncoder
 from lexmae.retrieval import metrics
 from lexmae.retrieval.runs import Run
 from lexmae.train import probe, session
+from lexmae.train.engine import Engine
 
 FOUR = ProbeConfig(every=2, split="train", queries=4, documents=20)
 
@@ -102,6 +103,19 @@ def test_measures_are_those_of_the_retrieval_room(documents):
 def test_what_is_not_a_number_is_not_found():
     nothing = probe.measures(torch.full((2, 3), torch.nan), torch.ones(2, 3, dtype=torch.bool))
     assert nothing == {"probe_mrr_10": 0.0, "probe_recall_100": 0.0}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_and_random_state_are_put_back(training):
+    engine = SimpleNamespace(module=torch.nn.Sequential(torch.nn.Dropout()), device=torch.device("cpu"))
+    engine.module.train(training)
+    state = torch.get_rng_state()
+    with pytest.raises(OSError), Engine.evaluating(engine):
+        assert not engine.module[0].training and not torch.is_grad_enabled()
+        torch.rand(3)
+        raise OSError
+    assert engine.module[0].training == training and torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ------------------------------------------------------------------------------------------ one and two ranks
