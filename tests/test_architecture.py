@@ -37,7 +37,8 @@ WITHOUT_TORCH = """errors cli config config.checks config.ranking recipe artifac
     data.subset data.shards data.tokens data.tokenizer data.masking data.randomness data.draws retrieval.vectors
     retrieval.export retrieval.engines retrieval.exact retrieval.anserini retrieval.runs retrieval.metrics
     retrieval.mining retrieval.bm25 retrieval.reports train.hardware train.schedules cycle.plan cycle.runner
-    cycle.report""".split()
+    cycle.report
+    data.marco data.passages retrieval.maxp""".split()
 HEAVY = {"torch", "transformers", "deepspeed", "tensorboard"}
 
 

@@ -21,7 +21,7 @@ from lexmae.data.negatives import write_negatives
 from lexmae.data.randomness import KeyedRandom
 from lexmae.data.shards import Shards, prepare
 from lexmae.errors import InputError
-from lexmae.retrieval import engines, maxp, metrics
+from lexmae.retrieval import anserini, engines, maxp, metrics
 from lexmae.retrieval.mining import Statistics, mine_run
 from lexmae.retrieval.runs import Run
 from lexmae.retrieval.vectors import SparseVectors, quantise
@@ -291,6 +291,17 @@ def test_the_best_passage_ranks_its_document(index, hits):
     found = maxp.search(engines.open_index(folder / "index"), queries, hits, threads=1)
     assert dict(found) == brute_force(docs, queries, hits)
     assert list(found) == queries.ids and found.seconds > 0
+
+
+@pytest.mark.slow
+def test_anserini_ranks_documents_alike(index, tmp_path):
+    try:
+        anserini.find_java(), anserini.find_jar()
+    except InputError as error:
+        pytest.skip(str(error))
+    folder, docs, queries = index
+    engines.build(folder / "docs", "anserini", tmp_path / "a")
+    assert dict(maxp.search(engines.open_index(tmp_path / "a"), queries, 10)) == brute_force(docs, queries, 10)
 
 
 def test_search_command_and_any_mrr(index, tmp_path):

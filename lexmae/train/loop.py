@@ -102,7 +102,7 @@ def train(run: Run, start: int = 0) -> None:
             probing = time.perf_counter()
             if figures := run.probe(done):
                 log.write(done, figures)
-                shown["probe"] = f"{figures['probe_mrr_10']:.4f}"
+                shown["MRR@10"] = f"{figures['probe_mrr_10']:.4f}"
                 bar.set_postfix(shown)
                 window.start += time.perf_counter() - probing  # rates are those of training
             every = run.logging.checkpoint_every

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from lexmae import artifact, recipe
 from lexmae.cli import say
-from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, ProbeConfig
+from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model.encoder import save_masked_lm
@@ -106,24 +107,25 @@ def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> N
 def _probe(config: Any, shards: Shards, objective: Any, run_engine: Any, engine: Any, total: int, resumed: bool,
            export: Callable) -> probe.Probe:
     """The probe of a run; the best model so far is that of `output/best` where the run is continued."""
-    best, settings = Path(config.output) / "best", {"learned": _learning(config), "probe": _measured(config.probe)}
+    best, settings = Path(config.output) / "best", _comparable(recipe.to_dict(config))
 
     def keep(step: int, figures: dict[str, Any]) -> None:
-        export("best", step, probe={**figures, "step": step, "settings": settings})
+        export("best", step, probe={**figures, "step": step})
         say(f"{best}: probe MRR@10 {figures['probe_mrr_10']:.4f} at step {step}")
 
     before = torch.zeros(1, dtype=torch.float64, device=run_engine.device)
     if run_engine.rank == 0:  # which tells the others
-        before[0] = probe.best_before(best, settings) if resumed else -1.0
+        before[0] = probe.best_before(best, lambda other: _comparable(other) == settings) if resumed else -1.0
     chosen = probe.select(config.probe, shards, config.optimization.seed)
     say(f"probe: {len(chosen.queries)} queries of {config.probe.split}, {chosen.relevant.shape[1]} documents")
     return probe.Probe(config.probe, shards, chosen, total, run_engine, objective.encode, engine.gather, keep,
                        run_engine.sum(before).item())
 
 
-def _measured(config: ProbeConfig) -> dict[str, Any]:
-    """The settings on which the figures of a probe depend."""
-    return {"split": config.split, "queries": config.queries, "documents": config.documents}
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a composed recipe on which the figures of its probes depend, as a manifest gives it back."""
+    learned = {key: value for key, value in config.items() if key not in _WHERE_ONLY}
+    return json.loads(json.dumps({**learned, "probe": {**config["probe"], "every": None}}))
 
 
 def _learning(config: Any) -> dict[str, Any]:
