@@ -28,6 +28,7 @@ from lexmae.data.batches import read_texts
 from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
+from lexmae.model.static_queries import StaticQueries, holds_table
 from lexmae.retrieval import vectors
 
 BLOCK = 4096  # texts per part
@@ -70,7 +71,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
                  "split": config.split, "top_k": config.top_k, "precision": name, "block": BLOCK}
         partial = _partial(output, state, rank)
         _barrier(world)
-        encoder = SparseEncoder.load(model).to(device).eval()
+        encoder = _load(model, config.side).to(device).eval()
         blocks = [i for i in range(-(-len(table) // BLOCK)) if i % world == rank]
         start = time.perf_counter()
         done = _encode_blocks(encoder, opened, table, blocks, partial, config, _PRECISIONS[name], device)
@@ -80,6 +81,11 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
             _finish(output, partial, opened, model, shards, state)
             say(f"wrote {output}: {len(table)} {config.side}, {done / max(seconds, 1e-9):.0f} texts/s on this rank")
         _barrier(world)
+
+
+def _load(model: str | Path, side: str) -> torch.nn.Module:
+    """The encoder of a side: for the queries of a model with static queries, its table alone."""
+    return StaticQueries.load(model) if side == "queries" and holds_table(model) else SparseEncoder.load(model)
 
 
 def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards]:
@@ -147,7 +153,7 @@ def _partial(output: Path, state: dict, rank: int) -> Path:
 
 
 @torch.inference_mode()
-def _encode_blocks(encoder: SparseEncoder, shards: Shards, table: TokenTable, blocks: Sequence[int], partial: Path,
+def _encode_blocks(encoder: torch.nn.Module, shards: Shards, table: TokenTable, blocks: Sequence[int], partial: Path,
                    config: EncodeConfig, dtype: torch.dtype | None, device: torch.device) -> int:
     """Encode the blocks whose part is missing; returns the number of texts encoded."""
     missing = [b for b in blocks if not (partial / vectors.part_name(0, b)).exists()]
@@ -181,7 +187,7 @@ def _by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
         start += size
 
 
-def _forward(encoder: SparseEncoder, shards: Shards, table: TokenTable, rows: np.ndarray, dtype: torch.dtype | None,
+def _forward(encoder: torch.nn.Module, shards: Shards, table: TokenTable, rows: np.ndarray, dtype: torch.dtype | None,
              device: torch.device) -> np.ndarray:
     """Lexicon vectors float32 [B, V] of the texts in ``rows``."""
     text = read_texts(shards, table, rows).to(device)

@@ -107,18 +107,23 @@ class RankingModel(nn.Module):
         recompute: keep the vectors of a chunk alone and compute its activations again in the backward pass, so that
             the memory of one chunk is enough for a batch of any size (the effect of GradCache, Gao et al. 2021, in a
             single backward pass).
+        query_encoder: texts → [B, V] of queries; they share ``encoder`` where there is none.
     """
 
-    def __init__(self, encoder: nn.Module, recompute: bool = False):
+    def __init__(self, encoder: nn.Module, recompute: bool = False, query_encoder: nn.Module | None = None):
         super().__init__()
-        self.encoder, self.recompute = encoder, recompute
+        self.encoder, self.recompute, self.query_encoder = encoder, recompute, query_encoder
 
     def forward(self, batch: RankingBatch | TextBatch) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """Vectors of the queries [Q, V] and of the documents [Q·N, V], in the batch's order; of texts alone, [B, V]."""
         if isinstance(batch, TextBatch):
             return self._encode(batch)
         docs = torch.cat([self._encode(chunk) for chunk in batch.docs])[batch.doc_order]
-        return torch.cat([self._encode(chunk) for chunk in batch.queries])[batch.query_order], docs
+        if self.query_encoder is None:
+            queries = [self._encode(chunk) for chunk in batch.queries]
+        else:
+            queries = [self.query_encoder(**chunk.arguments()) for chunk in batch.queries]
+        return torch.cat(queries)[batch.query_order], docs
 
     def _encode(self, text: TextBatch) -> torch.Tensor:
         if not (self.recompute and torch.is_grad_enabled()):

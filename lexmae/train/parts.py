@@ -18,6 +18,7 @@ from lexmae.model import backbone
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.lexical_start import penalise_frequency, start_lexical
 from lexmae.model.pretrainer import Pretrainer
+from lexmae.model.static_queries import StaticQueries, holds_table, inverse_document_frequency, read_table
 from lexmae.train.hardware import Hardware
 from lexmae.train.objectives import Objective, PretrainObjective, RankingModel, RankingObjective
 
@@ -74,8 +75,24 @@ def _ranking(config: FinetuneRecipe, lm: Any, shards: Shards, place: Place) -> P
     place.on_rank_zero(lambda: draws.build(shards, config.split, config.negatives, lists, config.passages, stored))
     data = RankingData(shards, config.split, draws.NegativeLists(lists), config.negatives, micro_batch=chunk,
                        exclude_judged=config.loss.exclude_judged, **_common(config, place))
-    model = RankingModel(SparseEncoder(lm), recompute=0 < spread.micro_batch < texts)
+    queries = _static_queries(config, lm, shards) if config.model.queries == "static" else None
+    model = RankingModel(SparseEncoder(lm), recompute=0 < spread.micro_batch < texts, query_encoder=queries)
     return Parts(model, RankingObjective(config.loss, place.gather, spread.world), data)
+
+
+def _static_queries(config: FinetuneRecipe, lm: Any, shards: Shards) -> StaticQueries:
+    """The table of the model that training starts from, or else inverse document frequencies of the shards."""
+    size = backbone.output_matrix(lm)[0].shape[0]
+    if holds_table(config.model.init):
+        weights = read_table(config.model.init)
+        if len(weights) != size:
+            raise InputError(f"has weights of {len(weights)} query tokens, the model knows {size}", config.model.init)
+    else:
+        frequency = torch.from_numpy(shards.docs.document_frequency(shards.vocab_size))
+        weights = inverse_document_frequency(frequency, len(shards.docs), size)
+    table = StaticQueries(weights)
+    table.raw.lr_factor = config.optimization.query_lr / config.optimization.lr
+    return table
 
 
 def build_lm(config: ModelConfig, shards: Shards) -> Any:

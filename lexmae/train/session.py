@@ -16,6 +16,7 @@ from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model.encoder import save_masked_lm
+from lexmae.model.static_queries import save_table
 from lexmae.train import hardware, parts, probe, schedules
 from lexmae.train.hardware import Hardware
 
@@ -93,7 +94,8 @@ def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> N
         _announce(config, spread, model, total, data.size, run_engine.world)
         start, state = checkpoint.load(run_engine, chosen) if chosen else (0, {})
         objective.load_state_dict(state)
-        export = functools.partial(_export, run_engine, engine.on_rank_zero, lm, config, shards)
+        export = functools.partial(_export, run_engine, engine.on_rank_zero, lm, getattr(model, "query_encoder", None),
+                                   config, shards)
         probing = {}
         if config.probe.every:
             probing["probe"] = _probe(config, shards, objective, run_engine, engine, total, bool(chosen), export)
@@ -146,20 +148,25 @@ def _announce(config: Any, spread: Hardware, model: torch.nn.Module, total: int,
         f"accumulation {spread.accumulation}")
 
 
-def _export(run_engine: Any, on_rank_zero: Callable, lm: Any, config: Any, shards: Shards, name: str, step: int,
-            **facts: Any) -> None:
+def _export(run_engine: Any, on_rank_zero: Callable, lm: Any, queries: Any, config: Any, shards: Shards, name: str,
+            step: int, **facts: Any) -> None:
     """Write ``output/NAME``, the model after ``step`` steps, from the weights of all ranks; every rank calls it.
 
     Args:
         facts: more for its manifest.
     """
     state = run_engine.full_state(lm)
-    on_rank_zero(lambda: _write_model(Path(config.output) / name, lm, state, config, shards, step, facts))
+    table = None if queries is None else run_engine.full_state(queries)
+    on_rank_zero(lambda: _write_model(Path(config.output) / name, lm, state, table, config, shards, step, facts))
 
 
-def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], config: Any, shards: Shards, step: int,
-                 facts: dict[str, Any]) -> None:
-    """A model in Hugging Face layout from the gathered float32 weights; a better best one replaces that before it."""
+def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], table: dict[str, torch.Tensor] | None,
+                 config: Any, shards: Shards, step: int, facts: dict[str, Any]) -> None:
+    """A model in Hugging Face layout from the gathered float32 weights; a better best one replaces that before it.
+
+    Args:
+        table: the weights of static queries.
+    """
     extra = shards.manifest.extra
     inputs = {"shards": config.data}
     if config.model.init != "scratch":
@@ -169,6 +176,10 @@ def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], config: 
     with artifact.create(target, "model", inputs=inputs, config=recipe.to_dict(config),
                          overwrite=target.name == "best") as draft:
         save_masked_lm(lm, draft.path, shards.tokenizer_dir, state)
+        if table is not None:
+            draft.extra["queries"] = "static"
+            if not save_table(draft.path, table["raw"], shards.tokenizer_dir, extra["query_length"]):
+                say("sentence-transformers cannot load this model: its vocabulary is larger than the tokenizer's")
         draft.counts.update(steps=step, weights=sum(t.numel() for t in state.values()))
         draft.extra.update({key: extra[key] for key in ("tokenizer_hash", "vocab_size", "max_length", "query_length")})
         draft.extra.update(facts)
