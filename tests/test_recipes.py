@@ -132,6 +132,12 @@ def test_the_papers_recipes_are_the_papers():
         assert found.optimization == c.FinetuneRecipe("d", "o").optimization
         assert (found.negatives.per_query, found.negatives.depth) == (15, depth)
         assert (found.loss.lambda_docs, found.loss.query_weight) == (lambda_docs, pytest.approx(0.75 * lambda_docs))
+    third = recipe.load(ROOT / "recipes/msmarco/stage3.yaml", c.FinetuneRecipe)
+    expected = c.FinetuneRecipe("d", "o").optimization
+    assert dataclasses.replace(third.optimization, micro_batch=None) == dataclasses.replace(expected, batch=16)
+    assert (third.negatives.per_query, third.negatives.depth) == (23, 1000)
+    assert third.negatives.path == "runs/msmarco/stage2/scored.jsonl"
+    assert third.loss == c.LossConfig(lambda_docs=0.008, contrastive_weight=0.2, distillation="kl")
     stages = recipe.load(ROOT / "recipes/msmarco/pipeline.yaml", p.PipelineRecipe).stages
     assert [stage.init for stage in stages] == ["pretrain"] * len(stages)
 
