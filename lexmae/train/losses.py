@@ -29,6 +29,22 @@ def contrastive(queries: torch.Tensor, docs: torch.Tensor, n_docs: int, exclude:
     return F.cross_entropy(scores, target), (scores.argmax(1) == target).float().mean()
 
 
+def listwise(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of each query over its own documents, of which the first is the positive.
+
+    Args:
+        scores: [Q, N].
+
+    Returns:
+        the sum over the queries, and how many of them score their positive above every negative: a tie is no success,
+        so that a model of equal scores has none.
+    """
+    scores = scores.float()
+    target = scores.new_zeros(len(scores), dtype=torch.long)
+    won = scores[:, :1] > scores[:, 1:]  # [Q, N - 1]
+    return F.cross_entropy(scores, target, reduction="sum"), won.all(1).sum()
+
+
 def flops(vectors: torch.Tensor) -> torch.Tensor:
     """FLOPS regulariser Σ_v (mean_b |x_bv|)² of vectors [B, V] (Paria et al. 2020); B is the global batch."""
     return vectors.float().abs().mean(0).square().sum()

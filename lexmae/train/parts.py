@@ -9,15 +9,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe
+from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, RerankRecipe
 from lexmae.data import draws
 from lexmae.data.batches import PretrainData, RankingData
+from lexmae.data.pairs import RerankData
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import backbone
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.lexical_start import penalise_frequency, start_lexical
 from lexmae.model.pretrainer import Pretrainer
+from lexmae.model.reranker import CrossEncoder
+from lexmae.train import rerank
 from lexmae.train.hardware import Hardware
 from lexmae.train.objectives import Objective, PretrainObjective, RankingModel, RankingObjective
 
@@ -47,9 +50,10 @@ class Parts(NamedTuple):
     data: Any
 
 
-def build(config: PretrainRecipe | FinetuneRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
+def build(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
     """The parts of a recipe around the backbone ``lm``; every rank calls it."""
-    return (_pretraining if isinstance(config, PretrainRecipe) else _ranking)(config, lm, shards, place)
+    makers = {PretrainRecipe: _pretraining, FinetuneRecipe: _ranking, RerankRecipe: _reranking}
+    return makers[type(config)](config, lm, shards, place)
 
 
 def _common(config: Any, place: Place) -> dict[str, int]:
@@ -69,13 +73,24 @@ def _ranking(config: FinetuneRecipe, lm: Any, shards: Shards, place: Place) -> P
     texts = config.optimization.batch // spread.world * (1 + config.negatives.per_query)
     # Without a micro-batch nothing is recomputed; a CPU still gains from short texts that are not padded to long ones.
     chunk = spread.micro_batch or (texts if torch.cuda.is_available() else _CPU_CHUNK)
-    lists = Path(config.output) / "negatives"
-    place.on_rank_zero(lambda: draws.build(shards, config.split, config.negatives.path or None,
-                                           config.negatives.depth, lists, config.passages))
-    data = RankingData(shards, config.split, draws.NegativeLists(lists), config.negatives, micro_batch=chunk,
+    data = RankingData(shards, config.split, _negatives(config, shards, place), config.negatives, micro_batch=chunk,
                        exclude_judged=config.loss.exclude_judged, **_common(config, place))
     model = RankingModel(SparseEncoder(lm), recompute=0 < spread.micro_batch < texts)
     return Parts(model, RankingObjective(config.loss, place.gather, spread.world), data)
+
+
+def _reranking(config: RerankRecipe, scorer: Any, shards: Shards, place: Place) -> Parts:
+    data = RerankData(shards, config.split, _negatives(config, shards, place), config.negatives,
+                      micro_batch=place.hardware.micro_batch, max_length=config.max_length, **_common(config, place))
+    return Parts(CrossEncoder(scorer), rerank.RerankObjective(), data)
+
+
+def _negatives(config: FinetuneRecipe | RerankRecipe, shards: Shards, place: Place) -> draws.NegativeLists:
+    """The recipe's lists of negatives as rows, which rank 0 makes."""
+    lists = Path(config.output) / "negatives"
+    place.on_rank_zero(lambda: draws.build(shards, config.split, config.negatives.path or None,
+                                           config.negatives.depth, lists, config.passages))
+    return draws.NegativeLists(lists)
 
 
 def build_lm(config: ModelConfig, shards: Shards) -> Any:
