@@ -18,6 +18,7 @@ from lexmae.errors import InputError
 from lexmae.model import backbone
 from lexmae.model.encoder import load_tokenizer
 
+KIND = "reranker"  # of the artifact
 _PLAIN_SCORES = {"activation_fn": "torch.nn.modules.linear.Identity"}  # sentence-transformers applies a sigmoid else
 
 

@@ -18,8 +18,6 @@ from lexmae.model.reranker import save_scorer
 from lexmae.train import losses
 from lexmae.train.objectives import Metrics
 
-KIND = "reranker"
-
 
 class RerankObjective:
     """Listwise softmax over the positive and the negatives of each query, mean over the queries of the global batch."""

@@ -14,6 +14,7 @@ from lexmae.cli import say
 from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, ProbeConfig, RerankRecipe
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
+from lexmae.model import reranker
 from lexmae.model.encoder import save_masked_lm
 from lexmae.train import hardware, parts, probe, rerank, schedules
 from lexmae.train.hardware import Hardware
@@ -44,7 +45,7 @@ def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | 
         rerank.check(config, shards)
     elif config.probe.every:
         probe.check(config.probe, shards)
-    _check_init(config.model, shards, ("model", rerank.KIND) if isinstance(config, RerankRecipe) else ("model",))
+    _check_init(config.model, shards, ("model", reranker.KIND) if isinstance(config, RerankRecipe) else ("model",))
     output = Path(config.output)
     if not resume and artifact.exists(output / "model"):
         raise InputError("holds a finished model already; choose another output", output)
@@ -169,7 +170,7 @@ def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], config: 
     if isinstance(config, (FinetuneRecipe, RerankRecipe)) and config.negatives.path:
         inputs["negatives"] = config.negatives.path
     reranking = isinstance(config, RerankRecipe)
-    with artifact.create(target, rerank.KIND if reranking else "model", inputs=inputs, config=recipe.to_dict(config),
+    with artifact.create(target, reranker.KIND if reranking else "model", inputs=inputs, config=recipe.to_dict(config),
                          overwrite=target.name == "best") as draft:
         if reranking:
             facts = {**facts, **rerank.save(lm, draft.path, shards, state, config)}
