@@ -130,7 +130,7 @@ for name in {WITHOUT_TORCH!r}:
     assert done.returncode == 0, done.stderr
 
 
-LIGHT = [path for path in COMMANDS if path.name not in ("pretrain.py", "finetune.py")]
+LIGHT = [path for path in COMMANDS if path.name not in ("pretrain.py", "finetune.py", "rerank.py")]
 
 
 def test_commands_answer_help_without_torch():

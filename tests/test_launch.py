@@ -20,6 +20,8 @@ SECTIONS = {
     "finetune": {"optimization": {"lr": 1e-3, "batch": 4, "micro_batch": 5, "steps": STEPS, "clip": 1.0},
                  "negatives": {"per_query": 2},
                  "loss": {"lambda_docs": 0.01, "lambda_ramp": 0.5, "active_terms": {"docs": 20, "queries": 5}}},
+    "rerank": {"optimization": {"lr": 1e-3, "batch": 4, "micro_batch": 1, "steps": STEPS, "clip": 1.0},
+               "negatives": {"per_query": 2}, "max_length": 32},
 }
 
 
@@ -102,7 +104,8 @@ def test_losses_fall(alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "stage"), [("pretrain", 2), ("finetune", 3), ("pretrain", 0)])
+@pytest.mark.parametrize(("kind", "stage"), [("pretrain", 2), ("finetune", 3), ("pretrain", 0),
+                                           ("rerank", 3)])
 def test_resumed_run_equals_one_that_never_stopped(kind, stage, shards_dir, tmp_path):
     model = {**TINY, "size": {**TINY["size"], "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}}
     recipe = write_recipe(tmp_path, kind, shards_dir, model=model, deepspeed=f"ds_configs/fp32_zero{stage}.json")

@@ -228,3 +228,36 @@ class FinetuneRecipe:
         require(self.passages in PASSAGES, f"passages: one of {', '.join(PASSAGES)} is needed")
         require(self.model.queries == "shared" or self.loss.active_terms.queries is None,
                 "loss or model: the active terms of static queries are their tokens, so they cannot have a budget")
+
+
+@dataclass(frozen=True)
+class RerankRecipe:
+    """One training run of the cross-encoder: shards and negatives in, checkpoints and ``model/`` out.
+
+    LexMAE does not say how its reranker was trained. Learning rate, epochs and documents per query that get a gradient
+    (16) are those of SimLM's published script for base-size models (github.com/microsoft/unilm, ``simlm/scripts/
+    train_reranker_marco.sh``), which warns of rates above 1e-5 for large ones.
+
+    Attributes:
+        split, passages: as in fine-tuning.
+        max_length: tokens of query and document together; the document is cut to fit.
+    """
+
+    data: str
+    output: str
+    split: str = "train"
+    passages: str = "first"
+    deepspeed: str = "ds_configs/fp16_zero1.json"
+    max_length: int = 175
+    model: ModelConfig = field(default_factory=ModelConfig)
+    negatives: NegativesConfig = field(default_factory=lambda: NegativesConfig(depth=200))
+    optimization: OptimizationConfig = field(
+        default_factory=lambda: OptimizationConfig(lr=3e-5, batch=32, epochs=3, clip=1.0))
+    logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(every=50))
+
+    def __post_init__(self):
+        require(self.passages in PASSAGES, f"passages: one of {', '.join(PASSAGES)} is needed")
+        require(self.max_length >= 1, "max_length: at least 1 is needed")
+        require(self.negatives.per_query >= 1, "negatives: per_query must be at least 1, or there is nothing to learn")
+        require(not self.model.lexical_start and not self.model.frequency_penalty,
+                "model: lexical_start and frequency_penalty are for lexicon encoders, a cross-encoder has one output")

@@ -9,7 +9,6 @@ Shapes: B sequences, L tokens, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -85,12 +84,7 @@ def save_masked_lm(
         state_dict: replaces `lm`'s own, for weights gathered from several ranks; same keys.
     """
     folder = Path(folder)
-    with backbone.quiet():  # saving empties the dict it is given
-        lm.save_pretrained(folder, state_dict=None if state_dict is None else dict(state_dict))
-    if state_dict is not None:  # the config names the type of what was written, not of what was trained
-        config = copy.deepcopy(lm.config)
-        config.dtype = next(value.dtype for value in state_dict.values() if value.is_floating_point())
-        config.save_pretrained(folder)
+    backbone.save_weights(lm, folder, state_dict)
     if tokenizer_dir is not None:
         tokenizer = load_tokenizer(tokenizer_dir)
         tokenizer.save_pretrained(folder)

@@ -61,6 +61,22 @@ def contrastive(scores: torch.Tensor, n_docs: int, exclude: torch.Tensor | None 
     return F.cross_entropy(scores, target), (scores.argmax(1) == target).float().mean()
 
 
+def listwise(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of each query over its own documents, of which the first is the positive.
+
+    Args:
+        scores: [Q, N].
+
+    Returns:
+        the sum over the queries, and how many of them score their positive above every negative: a tie is no success,
+        so that a model of equal scores has none.
+    """
+    scores = scores.float()
+    target = scores.new_zeros(len(scores), dtype=torch.long)
+    won = scores[:, :1] > scores[:, 1:]  # [Q, N - 1]
+    return F.cross_entropy(scores, target, reduction="sum"), won.all(1).sum()
+
+
 def own_scores(scores: torch.Tensor, n_docs: int) -> torch.Tensor:
     """Those of each query's own N documents, [G, N], among all scores [G, G·N]."""
     return scores.view(len(scores), -1, n_docs).diagonal(dim1=0, dim2=1).T
