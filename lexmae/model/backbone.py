@@ -77,8 +77,10 @@ def _family(lm: PreTrainedModel) -> Family:
 # ---------------------------------------------------------------------------------------------- making one
 
 
-def load_masked_lm(init: str, **kw: Any) -> PreTrainedModel:
+def load_masked_lm(init: str, subfolder: str = "", **kw: Any) -> PreTrainedModel:
     """A masked language model from a folder or a hub name, in float32 unless `dtype` says otherwise.
+
+    `subfolder` names the part of the folder that holds it.
 
     Keywords go to `AutoModelForMaskedLM.from_pretrained`. Raises InputError when the folder or name holds no
     such model.
@@ -87,15 +89,18 @@ def load_masked_lm(init: str, **kw: Any) -> PreTrainedModel:
         raise InputError("a model folder or hub name is needed")
     folder = Path(init)
     if folder.is_dir():
+        folder, subfolder = folder / subfolder, ""
+        init = str(folder)
         if not (folder / "config.json").is_file():
             raise InputError("no config.json: not a Hugging Face model folder", path=init)
     elif folder.is_absolute() or init.startswith((".", "~")) or init.count("/") > 1:
         raise InputError("no such model folder", path=init)
     try:
-        config = AutoConfig.from_pretrained(init)
+        config = AutoConfig.from_pretrained(init, subfolder=subfolder)
         _check_family(config.model_type, init)
         with quiet() if folder.is_dir() else nullcontext():  # a download keeps its progress bar
-            lm = AutoModelForMaskedLM.from_pretrained(init, config=config, **{"dtype": torch.float32, **kw})
+            kw = {"dtype": torch.float32, **kw}
+            lm = AutoModelForMaskedLM.from_pretrained(init, config=config, subfolder=subfolder, **kw)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

@@ -28,7 +28,7 @@ from lexmae.data.batches import read_texts
 from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
-from lexmae.retrieval import vectors
+from lexmae.retrieval import vectors, vocabularies
 
 BLOCK = 4096  # texts per part
 _STATE = "encode.json"
@@ -62,7 +62,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         InputError: model, shards or split do not exist or do not belong together, or ``output`` exists.
     """
     output, table, opened = Path(output), *_open_table(shards, config)
-    made_with = _refuse_other_tokenizer(model, opened)
+    made_with = _refuse_other_tokenizer(model, opened, config.side)
     artifact.refuse_existing(output, overwrite)
     with _ranks() as (rank, world, device):
         name = _precision(config.precision, device)
@@ -70,7 +70,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
                  "split": config.split, "top_k": config.top_k, "precision": name, "block": BLOCK}
         partial = _partial(output, state, rank)
         _barrier(world)
-        encoder = SparseEncoder.load(model).to(device).eval()
+        encoder = SparseEncoder.load(model, side=config.side).to(device).eval()
         blocks = [i for i in range(-(-len(table) // BLOCK)) if i % world == rank]
         start = time.perf_counter()
         done = _encode_blocks(encoder, opened, table, blocks, partial, config, _PRECISIONS[name], device)
@@ -92,9 +92,10 @@ def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, S
     return opened.queries(config.split), opened
 
 
-def _refuse_other_tokenizer(model: str | Path, shards: Shards) -> str | None:
+def _refuse_other_tokenizer(model: str | Path, shards: Shards, side: str) -> str | None:
     """The fingerprint of a model of ours, whose tokenizer must be that of the shards; None for other models."""
     if not artifact.exists(model):
+        vocabularies.refuse_other_vocabulary(model, shards, side)
         return None
     manifest = artifact.read(model, "model")
     if manifest.extra["tokenizer_hash"] != shards.manifest.extra["tokenizer_hash"]:
