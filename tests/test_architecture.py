@@ -4,6 +4,7 @@
     data, model base; not each other
     train, retrieval   base, data, model; not each other
     cycle       base and train.hardware
+    demo        base, data, model, retrieval
     launch, tools, benchmarks   anything; nobody imports them
 """
 
@@ -24,19 +25,22 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 COMMANDS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")])
 BASE = {"errors", "cli", "config", "recipe", "artifact"}
 LAYERS = {"data": {"data"}, "model": {"model"}, "train": {"data", "model", "train"},
-          "retrieval": {"data", "model", "retrieval"}, "cycle": {"cycle"}}
+          "retrieval": {"data", "model", "retrieval"}, "cycle": {"cycle"},
+          "demo": {"data", "model", "retrieval", "demo"}}
 
 FENCES = {
     "deepspeed": {"lexmae/train/engine.py", "lexmae/train/checkpoint.py"},
     "transformers": {"lexmae/model/", "lexmae/data/tokenizer.py"},
     "tokenizers": {"lexmae/data/tokenizer.py"},
     "datasets": {"lexmae/data/hub.py"},
+    "flask": {"lexmae/demo/"},
+    "werkzeug": {"lexmae/demo/"},
 }
 WITHOUT_TORCH = """errors cli config recipe artifact data.corpus data.qrels data.negatives data.builtin data.prepare
     data.subset data.shards data.tokens data.tokenizer data.masking data.randomness data.draws retrieval.vectors
     retrieval.export retrieval.engines retrieval.exact retrieval.anserini retrieval.runs retrieval.metrics
     retrieval.mining retrieval.bm25 retrieval.reports train.hardware train.schedules cycle.plan cycle.runner
-    cycle.report""".split()
+    cycle.report demo.texts demo.explain demo.app""".split()
 HEAVY = {"torch", "transformers", "deepspeed", "tensorboard"}
 
 
