@@ -40,7 +40,7 @@ WITHOUT_TORCH = """errors cli config recipe artifact data.corpus data.qrels data
     data.subset data.shards data.tokens data.tokenizer data.masking data.randomness data.draws retrieval.vectors
     retrieval.export retrieval.engines retrieval.exact retrieval.anserini retrieval.runs retrieval.metrics
     retrieval.mining retrieval.bm25 retrieval.reports train.hardware train.schedules cycle.plan cycle.runner
-    cycle.report demo.texts demo.explain demo.app""".split()
+    cycle.report model.card demo.texts demo.explain demo.app""".split()
 HEAVY = {"torch", "transformers", "deepspeed", "tensorboard"}
 
 

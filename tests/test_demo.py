@@ -103,8 +103,9 @@ def test_words_that_match_are_marked(service):
 
 
 def test_snippets_show_the_densest_part():
-    text = " ".join(["a", "x"] + ["b"] * 6 + ["x", "x", "c"])
-    words = [(found.start(), found.end(), found[0] == "x") for found in re.finditer(r"\w", text)]
+    text = " ".join(["a", "y", "y", "y"] + ["b"] * 6 + ["x", "x", "c"])  # three light words, two heavy ones
+    weights = {"x": 5.0, "y": 1.0}
+    words = [(found.start(), found.end(), weights.get(found[0], 0.0)) for found in re.finditer(r"\w", text)]
     assert explain.snippet(text, words, 3) == [Segment("… ", False), Segment("b ", False), Segment("x", True),
                                                Segment(" ", False), Segment("x", True), Segment(" …", False)]
     assert explain.snippet(text, words, 99) == explain.segments(text, words)

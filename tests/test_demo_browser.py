@@ -1,8 +1,8 @@
 """The demo in a real browser: Debian's Chromium without a window, driven through selenium.
 
-`LEXMAE_DEMO_PICTURE=RUN:CORPUS pytest tests/test_demo_browser.py -k picture` makes `docs/demo.png`, where RUN is a folder
-with `model`, `index` and `vectors-docs`, such as a stage of a pipeline, and CORPUS the texts. `LEXMAE_DEMO_QUERY`
-replaces the query.
+`LEXMAE_DEMO_PICTURE=RUN:CORPUS pytest tests/test_demo_browser.py -k picture` makes `docs/demo.png`, where RUN is a
+folder with `model`, `index` and `vectors-docs`, such as a stage of a pipeline, and CORPUS the texts.
+`LEXMAE_DEMO_QUERY` replaces the query.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 PICTURE = os.environ.get("LEXMAE_DEMO_PICTURE", "")
-QUERY = os.environ.get("LEXMAE_DEMO_QUERY", "how did the city rebuild after the fire")
+QUERY = os.environ.get("LEXMAE_DEMO_QUERY", "which queen was crowned in 1953")
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --force-device-scale-factor=1 --hide-scrollbars""".split()
 SIZES = {"desktop": (1280, 900), "tablet": (768, 1024), "phone": (360, 740)}
@@ -221,7 +221,8 @@ def test_picture(browser):
 
 def _more(browser, folder: Path) -> None:
     link = browser.find_element("css selector", "a.result").get_attribute("href")
-    for name, page in (("results", browser.current_url), ("document", link), ("home", browser.current_url.split("?")[0])):
+    here = browser.current_url
+    for name, page in (("results", here), ("document", link), ("home", here.split("?")[0])):
         for size in SIZES:
             for scheme in ("light", "dark"):
                 show(browser, size, scheme)

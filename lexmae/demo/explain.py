@@ -85,31 +85,39 @@ def matches(names: Names, query: tuple[np.ndarray, np.ndarray], document: tuple[
     """The shared entries of two vectors (ids ascending, weights), largest product first."""
     shared, left, right = np.intersect1d(query[0], document[0], return_indices=True)
     one, other = query[1][left].astype(np.int64), document[1][right].astype(np.int64)
-    products = one * other
-    largest = max(int(products.max(initial=0)), 1)
-    return [Match(names[i], one[at] / SCALE, other[at] / SCALE, products[at] / SCALE**2, i in text,
-                  round(100 * products[at] / largest, 1))
-            for at in np.lexsort((shared, -products)).tolist() for i in [int(shared[at])]]
+    parts = one * other
+    largest = max(int(parts.max(initial=0)), 1)
+    order = np.lexsort((shared, -parts))
+    columns = (values[order].tolist() for values in (shared, one, other, parts))
+    return [Match(names[i], a / SCALE, b / SCALE, product / SCALE**2, i in text, round(100 * product / largest, 1))
+            for i, a, b, product in zip(*columns, strict=True)]
 
 
-def segments(text: str, words: Sequence[tuple[int, int, bool]]) -> list[Segment]:
-    """A text in pieces, marked words apart. `words` are (start, end, marked), in order."""
+def products(query: tuple[np.ndarray, np.ndarray], document: tuple[np.ndarray, np.ndarray]) -> dict[int, int]:
+    """Term id → what it adds to the score, of the shared entries of two vectors."""
+    shared, left, right = np.intersect1d(query[0], document[0], return_indices=True)
+    parts = query[1][left].astype(np.int64) * document[1][right].astype(np.int64)
+    return dict(zip(shared.tolist(), parts.tolist(), strict=True))
+
+
+def segments(text: str, words: Sequence[tuple[int, int, float]]) -> list[Segment]:
+    """A text in pieces, marked words apart. `words` are (start, end, weight), in order; a weight marks a word."""
     found, at = [], 0
-    for start, end, marked in words:
-        if marked:
+    for start, end, weight in words:
+        if weight:
             found += [Segment(text[at:start], False), Segment(text[start:end], True)]
             at = end
     return [segment for segment in [*found, Segment(text[at:], False)] if segment.text]
 
 
-def snippet(text: str, words: Sequence[tuple[int, int, bool]], length: int = SNIPPET_WORDS) -> list[Segment]:
-    """The part of a text with the most marked words, `length` words at most; of equal ones the first."""
+def snippet(text: str, words: Sequence[tuple[int, int, float]], length: int = SNIPPET_WORDS) -> list[Segment]:
+    """The part of a text whose words weigh most, `length` words at most; of equal ones the first."""
     if len(words) <= length:
         return segments(text, words)
-    sums = np.concatenate([[0], np.cumsum([marked for _, _, marked in words])])
+    sums = np.concatenate([[0], np.cumsum([weight for _, _, weight in words])])
     first = int(np.argmax(sums[length:] - sums[:-length]))
     kept = words[first:first + length]
     start, end = kept[0][0], kept[-1][1]
-    cut = segments(text[start:end], [(a - start, b - start, marked) for a, b, marked in kept])
+    cut = segments(text[start:end], [(a - start, b - start, weight) for a, b, weight in kept])
     before = [Segment("… ", False)] if first else []
     return [*before, *cut, *([Segment(" …", False)] if first + length < len(words) else [])]

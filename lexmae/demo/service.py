@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ class Service:
         if tokenizer is None:
             raise InputError("has no tokenizer", model)
         self._refuse_other_tokenizer(model, tokenizer)
-        self.name, self._lock = Path(str(model)).name, threading.Lock()
+        parts = Path(str(model)).parts
+        self.name, self._lock = "/".join(parts[-2:] if parts[-1] == "model" else parts[-1:]), threading.Lock()
         facts = artifact.read(model, "model").extra if artifact.exists(model) else {}
         self.query_length = int(facts.get("query_length", QUERY_LENGTH))
         self._tokenizer, self._texts = tokenizer, TextEncoder(tokenizer)
@@ -141,8 +142,8 @@ class Service:
         if at is None or passage is None:
             return None
         found = self.vectors.row(at)
-        asked = self._encode(query)[0].row(0)[0] if query.strip() else np.zeros(0, np.int32)
-        words = self._words(passage.text, np.intersect1d(asked, found[0]))
+        met = explain.products(self._encode(query)[0].row(0), found) if query.strip() else {}
+        words = self._words(passage.text, met)
         return Document(identifier, passage.title, explain.segments(passage.text, words),
                         explain.terms(self._names, *found, self._tokens(passage.title, passage.text)))
 
@@ -152,7 +153,7 @@ class Service:
             raise InputError(f"document {name!r} has no text")
         found = self.vectors.row(row)
         tokens = self._tokens(passage.title, passage.text)
-        words = self._words(passage.text, np.intersect1d(query[0], found[0]))
+        words = self._words(passage.text, explain.products(query, found))
         terms = explain.terms(self._names, *found, tokens)
         return Result(rank, name, score / vectors.SCALE**2, passage.title, passage.text,
                       explain.snippet(passage.text, words), explain.matches(self._names, query, found, tokens),
@@ -177,14 +178,13 @@ class Service:
         with self._lock:
             return set(self._texts.pairs([title], [text], _WHOLE).values.tolist())
 
-    def _words(self, text: str, matched: Collection[int]) -> list[tuple[int, int, bool]]:
-        """(start, end, matched) of every word of a text."""
-        wanted = set(np.asarray(matched).tolist())
+    def _words(self, text: str, weights: Mapping[int, float]) -> list[tuple[int, int, float]]:
+        """(start, end, weight) of every word of a text; its weight is the largest of its tokens'."""
         with self._lock:
             got = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        words: dict[int, tuple[int, int, bool]] = {}
+        words: dict[int, tuple[int, int, float]] = {}
         for number, token, (start, end) in zip(got.word_ids(), got["input_ids"], got["offset_mapping"], strict=True):
             if number is not None:
-                first, _, hit = words.get(number, (start, end, False))
-                words[number] = first, end, hit or token in wanted
+                first, _, weight = words.get(number, (start, end, 0.0))
+                words[number] = first, end, max(weight, weights.get(token, 0.0))
         return list(words.values())
