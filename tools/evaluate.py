@@ -3,6 +3,7 @@
 
   python tools/evaluate.py --run run.trec --qrels qrels/dev.tsv
   python tools/evaluate.py --run run.trec --qrels qrels/dev.tsv --compare bm25.trec --json metrics.json
+  python tools/evaluate.py --run run.trec --qrels qrels/dev.tsv --card runs/stage1/model
 
 Every judged query counts: one without results scores 0.
 """
@@ -15,6 +16,7 @@ import dataclasses
 from lexmae import cli
 from lexmae.data.corpus import read_qrels
 from lexmae.errors import InputError
+from lexmae.model import card
 from lexmae.retrieval import metrics, reports
 from lexmae.retrieval.metrics import Comparison, Result
 from lexmae.retrieval.runs import read_run
@@ -43,6 +45,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.per_query:
         figures["per_query"] = result.per_query
     reports.write_json(options.json, figures)
+    if options.card:
+        name, split = card.data_set(options.qrels)
+        figure = card.Evaluation(options.data_set or name, split, result.n_judged, result.means)
+        card.add_evaluation(options.card, figure)
+        cli.say(f"{options.card}: figures added to {card.NAME}")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -58,7 +65,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--queries", metavar="DIR", help="query vectors, with --docs: also print the FLOPS of the pair")
     parser.add_argument("--json", metavar="FILE", help="write the figures, replacing an older file")
     parser.add_argument("--per-query", action="store_true", help="also write every query's figures, with --json")
+    parser.add_argument("--card", metavar="MODEL", help="add the figures to the model's card, its README.md")
+    parser.add_argument("--data-set", metavar="NAME", help="its name there; the folder of --qrels when not given")
     options = parser.parse_args(argv)
+    if options.card:
+        card.check(options.card)
+    elif options.data_set:
+        raise InputError("--data-set goes with --card")
     if options.queries and not options.docs:
         raise InputError("--queries goes with --docs")
     if options.per_query and not options.json:

@@ -83,13 +83,13 @@ def _family(lm: PreTrainedModel) -> Family:
 # ---------------------------------------------------------------------------------------------- making one
 
 
-def load_masked_lm(init: str, **kw: Any) -> PreTrainedModel:
+def load_masked_lm(init: str, subfolder: str = "", **kw: Any) -> PreTrainedModel:
     """A masked language model from a folder or a hub name, in float32 unless `dtype` says otherwise.
 
-    Keywords go to `AutoModelForMaskedLM.from_pretrained`. Raises InputError when the folder or name holds no
+    `subfolder` names the part of the folder that holds it. Keywords go to `AutoModelForMaskedLM.from_pretrained`. Raises InputError when the folder or name holds no
     such model.
     """
-    return _settle(_load(AutoModelForMaskedLM, "a masked language model", init, **kw))
+    return _settle(_load(AutoModelForMaskedLM, "a masked language model", init, subfolder, **kw))
 
 
 def load_scorer(init: str, **kw: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -112,21 +112,25 @@ def load_scorer(init: str, **kw: Any) -> tuple[PreTrainedModel, list[str]]:
     return model, new
 
 
-def _load(kind: Any, what: str, init: str, **kw: Any) -> Any:
+def _load(kind: Any, what: str, init: str, subfolder: str = "", **kw: Any) -> Any:
     """What an auto class of transformers makes of a folder or hub name, in float32 unless `dtype` says otherwise."""
     if not init:
         raise InputError("a model folder or hub name is needed")
     folder = Path(init)
     if folder.is_dir():
+        folder, subfolder = folder / subfolder, ""
+        init = str(folder)
         if not (folder / "config.json").is_file():
             raise InputError("no config.json: not a Hugging Face model folder", path=init)
     elif folder.is_absolute() or init.startswith((".", "~")) or init.count("/") > 1:
         raise InputError("no such model folder", path=init)
     try:
-        config = AutoConfig.from_pretrained(init, **{name: kw.pop(name) for name in ("num_labels",) if name in kw})
+        given = {name: kw.pop(name) for name in ("num_labels",) if name in kw}
+        config = AutoConfig.from_pretrained(init, subfolder=subfolder, **given)
         _check_family(config.model_type, init)
         with quiet() if folder.is_dir() else nullcontext():  # a download keeps its progress bar
-            return kind.from_pretrained(init, config=config, **{"dtype": torch.float32, **kw})
+            kw = {"dtype": torch.float32, **kw}
+            return kind.from_pretrained(init, config=config, subfolder=subfolder, **kw)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:

@@ -24,7 +24,7 @@ from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.static_queries import StaticQueries, holds_table
-from lexmae.retrieval import blocks, vectors
+from lexmae.retrieval import blocks, vectors, vocabularies
 
 BLOCK = 4096  # texts per part
 
@@ -56,7 +56,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         InputError: model, shards or split do not exist or do not belong together, or ``output`` exists.
     """
     output, table, opened = Path(output), *_open_table(shards, config)
-    made_with = _refuse_other_tokenizer(model, opened)
+    made_with = _refuse_other_tokenizer(model, opened, config.side)
     artifact.refuse_existing(output, overwrite)
     with blocks.ranks() as (rank, world, device):
         name = blocks.precision(config.precision, device)
@@ -78,7 +78,9 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
 
 def _load(model: str | Path, side: str) -> torch.nn.Module:
     """The encoder of a side: for the queries of a model with static queries, its table alone."""
-    return StaticQueries.load(model) if side == "queries" and holds_table(model) else SparseEncoder.load(model)
+    if side == "queries" and holds_table(model):
+        return StaticQueries.load(model)
+    return SparseEncoder.load(model, side=side)
 
 
 def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards]:
@@ -91,9 +93,10 @@ def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, S
     return opened.queries(config.split), opened
 
 
-def _refuse_other_tokenizer(model: str | Path, shards: Shards) -> str | None:
+def _refuse_other_tokenizer(model: str | Path, shards: Shards, side: str) -> str | None:
     """The fingerprint of a model of ours, whose tokenizer must be that of the shards; None for other models."""
     if not artifact.exists(model):
+        vocabularies.refuse_other_vocabulary(model, shards, side)
         return None
     manifest = artifact.read(model, "model")
     if manifest.extra["tokenizer_hash"] != shards.manifest.extra["tokenizer_hash"]:
