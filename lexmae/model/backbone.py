@@ -86,8 +86,8 @@ def _family(lm: PreTrainedModel) -> Family:
 def load_masked_lm(init: str, subfolder: str = "", **kw: Any) -> PreTrainedModel:
     """A masked language model from a folder or a hub name, in float32 unless `dtype` says otherwise.
 
-    `subfolder` names the part of the folder that holds it. Keywords go to `AutoModelForMaskedLM.from_pretrained`. Raises InputError when the folder or name holds no
-    such model.
+    `subfolder` names the part of the folder that holds it. Keywords go to `AutoModelForMaskedLM.from_pretrained`.
+    Raises InputError when the folder or name holds no such model.
     """
     return _settle(_load(AutoModelForMaskedLM, "a masked language model", init, subfolder, **kw))
 
