@@ -118,7 +118,7 @@ def test_names_of_pieces():
             return tokens[0].replace("Ġ", " ")
 
     names = explain.Names(["river", "##ing", "Ġstone", "ware", "##"], Tokenizer(), np.array([1, 0, 1, 0, 1], bool))
-    assert [names[i] for i in range(5)] == ["river", "-ing", "stone", "-ware", "##"]
+    assert [names[i] for i in range(5)] == ["river", "…ing", "stone", "…ware", "##"]
 
 
 # ------------------------------------------------------------------------------------------------------- texts

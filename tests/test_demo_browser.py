@@ -24,10 +24,11 @@ pytest.importorskip("selenium", reason="the package selenium, which drives a bro
 
 from selenium import webdriver  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 PICTURE = os.environ.get("LEXMAE_DEMO_PICTURE", "")
-QUERY = os.environ.get("LEXMAE_DEMO_QUERY", "which queen was crowned in 1953")
+QUERY = os.environ.get("LEXMAE_DEMO_QUERY", "how do vaccines stop an infection")
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --force-device-scale-factor=1 --hide-scrollbars""".split()
 SIZES = {"desktop": (1280, 900), "tablet": (768, 1024), "phone": (360, 740)}
@@ -101,6 +102,11 @@ def press(browser, *keys: str) -> None:
     browser.switch_to.active_element.send_keys(*keys)
 
 
+def results(browser) -> list:
+    """The links of the results, once there are some: a key press does not wait for the page that it asks for."""
+    return WebDriverWait(browser, 20).until(lambda now: now.find_elements("css selector", "a.result"))
+
+
 def pages(address: str) -> list[str]:
     """Every kind of page, with the texts that try to be markup."""
     evil = "?id=evil%22%3E%3Cb%3E&q=silver+%3Cscript%3E"
@@ -133,7 +139,7 @@ def test_search_with_the_keyboard_alone(browser, address):
     browser.get(address)
     assert focused(browser) == "q"
     press(browser, "silver bridges", Keys.ENTER)
-    titles = [link.text for link in browser.find_elements("css selector", "a.result")]
+    titles = [link.text for link in results(browser)]
     assert len(titles) == 10 and "silver bridges" in browser.title
     browser.find_element("tag name", "body").send_keys("/")
     assert focused(browser) == "q"
@@ -148,10 +154,11 @@ def test_search_with_the_keyboard_alone(browser, address):
     assert focused(browser) == "q"
     press(browser, Keys.ARROW_DOWN)
     press(browser, Keys.ENTER)
+    WebDriverWait(browser, 20).until(lambda now: now.find_elements("class name", "document"))
     assert browser.find_element("tag name", "h1").text == titles[0]
     assert browser.find_elements("css selector", ".why .terms li")
     browser.find_element("css selector", ".back a").click()
-    assert len(browser.find_elements("css selector", "a.result")) == 10
+    assert len(results(browser)) == 10
 
 
 def test_the_order_of_the_focus(browser, address):
@@ -161,7 +168,7 @@ def test_the_order_of_the_focus(browser, address):
     for _ in range(6):
         press(browser, Keys.TAB)
         found.append(focused(browser))
-    titles = [link.text for link in browser.find_elements("css selector", "a.result")]
+    titles = [link.text for link in results(browser)]
     assert found == ["Skip to the results", "lexmae", "q", "Search", *titles[:2]]
 
 
@@ -192,7 +199,7 @@ def test_the_page_works_without_scripts(browser, address):
     try:
         browser.get(address)
         browser.find_element("id", "q").send_keys("silver", Keys.ENTER)
-        assert browser.find_elements("css selector", "a.result")
+        assert results(browser)
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
@@ -213,6 +220,7 @@ def test_picture(browser):
         show(browser, "desktop")
         browser.get(address)
         browser.find_element("id", "q").send_keys(QUERY, Keys.ENTER)
+        results(browser)
         browser.execute_script("document.activeElement.blur()")
         browser.save_screenshot(str(folder / "demo.png"))
         if more := os.environ.get("LEXMAE_DEMO_MORE"):  # a folder for the other sizes, schemes and pages, to look at
@@ -220,7 +228,7 @@ def test_picture(browser):
 
 
 def _more(browser, folder: Path) -> None:
-    link = browser.find_element("css selector", "a.result").get_attribute("href")
+    link = results(browser)[0].get_attribute("href")
     here = browser.current_url
     for name, page in (("results", here), ("document", link), ("home", here.split("?")[0])):
         for size in SIZES:

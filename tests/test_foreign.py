@@ -22,9 +22,18 @@ from lexmae.model.pooling import Pooling
 from lexmae.retrieval import encode
 from lexmae.retrieval.vectors import SparseVectors
 
-peer = pytest.importorskip("sentence_transformers", minversion="6.0", reason="sentence-transformers is absent")
-parts = pytest.importorskip("sentence_transformers.sparse_encoder.modules")
 
+class Package:
+    """sentence-transformers, imported by the first test that needs it: that takes seconds."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(pytest.importorskip(self.name, reason="sentence-transformers is absent"), attribute)
+
+
+peer, parts = Package("sentence_transformers"), Package("sentence_transformers.sparse_encoder.modules")
 TEXTS = ["silver bridges", "quiet travellers remember winter markets under open skies", "fish ☃", "", "[SEP] fish fish"]
 
 
@@ -83,12 +92,14 @@ def test_a_plain_checkpoint_pools_all_tokens(plain):
         assert (got - torch.log(1 + torch.relu(logits[1:-1])).amax(0)).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["max", "sum"])
 @pytest.mark.parametrize("activation", ["relu", "log1p_relu"])
 def test_pooling_strategies_and_activations(plain, tmp_path, strategy, activation):
     assert_same(saved(tmp_path / "m", transformer(plain), parts.SpladePooling(strategy, activation)), plain)
 
 
+@pytest.mark.slow
 def test_sums_come_in_tiles_of_the_vocabulary(plain, tmp_path, monkeypatch):
     folder = saved(tmp_path / "m", transformer(plain), parts.SpladePooling("sum"))
     whole = SparseEncoder.load(folder).eval()(**inputs(plain, TEXTS)).detach()
@@ -96,12 +107,14 @@ def test_sums_come_in_tiles_of_the_vocabulary(plain, tmp_path, monkeypatch):
     torch.testing.assert_close(SparseEncoder.load(folder).eval()(**inputs(plain, TEXTS)), whole)
 
 
+@pytest.mark.slow
 def test_the_older_module_and_a_limit_of_terms(plain, tmp_path):
     folder = saved(tmp_path / "m", parts.MLMTransformer(str(plain)), parts.SpladePooling("max"), max_active_dims=4)
     assert_same(folder, plain)
     assert (SparseEncoder.load(folder).eval()(**inputs(plain, TEXTS)) > 0).sum(1).tolist() == [4] * 5
 
 
+@pytest.mark.slow
 def test_a_mask_of_one_side_only(plain, tmp_path):
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
@@ -112,6 +125,7 @@ def test_a_mask_of_one_side_only(plain, tmp_path):
     assert (one - other).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_folder_of_ours_keeps_our_rule(model_dir, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(model_dir, copy, ignore=shutil.ignore_patterns(artifact.MANIFEST))
@@ -129,6 +143,7 @@ def router(plain: Path, query: list, **settings):
     return parts.Router.for_query_document(query_modules=query, document_modules=document, **settings)
 
 
+@pytest.mark.slow
 def test_inference_free_queries(plain, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(plain)
     weights = torch.rand(len(tokenizer), generator=torch.Generator().manual_seed(5)) + 0.1
@@ -138,16 +153,19 @@ def test_inference_free_queries(plain, tmp_path):
     assert_same(folder, plain, texts)
 
 
+@pytest.mark.slow
 def test_two_models_behind_a_router(plain, tmp_path):
     query = [transformer(plain), parts.SpladePooling("sum")]
     assert_same(saved(tmp_path / "m", router(plain, query)), plain)
 
 
+@pytest.mark.slow
 def test_a_module_behind_the_router(plain, tmp_path):
     ways = parts.Router.for_query_document([transformer(plain)], [transformer(plain)])
     assert_same(saved(tmp_path / "m", ways, parts.SpladePooling("max")), plain)
 
 
+@pytest.mark.slow
 def test_routes_are_chosen_in_the_packages_order(plain, tmp_path):
     ways = parts.Router({"a": [transformer(plain), parts.SpladePooling("max")],
                          "b": [transformer(plain), parts.SpladePooling("sum")]},
@@ -159,6 +177,7 @@ def test_routes_are_chosen_in_the_packages_order(plain, tmp_path):
     assert_same(saved(tmp_path / "n", other), plain)
 
 
+@pytest.mark.slow
 def test_a_table_of_tokens_beside_a_plain_model(plain, tmp_path):
     """OpenSearch's doc-only models: idf.json, read by the package's own reader and by ours."""
     folder = tmp_path / "opensearch"
@@ -178,6 +197,7 @@ def test_a_table_of_tokens_beside_a_plain_model(plain, tmp_path):
 # ------------------------------------------------------------------------------------------------------ encoding
 
 
+@pytest.mark.slow
 def test_encoded_queries_are_the_packages(plain, tmp_path, beir_dir, shards_dir):
     tokenizer = AutoTokenizer.from_pretrained(plain)
     weights = torch.rand(len(tokenizer), generator=torch.Generator().manual_seed(6)) + 0.1
@@ -232,7 +252,18 @@ def edit(folder: Path, name: str, **values) -> None:
 
 @pytest.fixture
 def splade(plain, tmp_path) -> Path:
-    return saved(tmp_path / "splade", transformer(plain), parts.SpladePooling())
+    """A folder as sentence-transformers writes it, written by hand."""
+    folder = tmp_path / "splade"
+    shutil.copytree(plain, folder)
+    kinds = {"": "base.modules.transformer.Transformer", "1_SpladePooling": "sparse_encoder.modules.SpladePooling"}
+    (folder / "modules.json").write_text(json.dumps(
+        [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
+         for i, (path, kind) in enumerate(kinds.items())]))
+    (folder / "1_SpladePooling").mkdir()
+    edit(folder, "1_SpladePooling/config.json", pooling_strategy="max", activation_function="relu")
+    edit(folder, "sentence_bert_config.json", transformer_task="fill-mask")
+    edit(folder, "config_sentence_transformers.json", prompts={"query": "", "document": ""}, default_prompt_name=None)
+    return folder
 
 
 @pytest.mark.parametrize("name, values, side, reason", [
@@ -280,6 +311,7 @@ def test_bad_tables_are_refused(plain, tmp_path, table, reason):
         SparseEncoder.load(folder, side="queries")
 
 
+@pytest.mark.slow
 def test_a_router_without_weights_or_ways(plain, tmp_path):
     static = parts.SparseStaticEmbedding(AutoTokenizer.from_pretrained(plain))
     folder = saved(tmp_path / "m", router(plain, [static]))

@@ -13,6 +13,7 @@ import numpy as np
 from lexmae.retrieval.vectors import SCALE
 
 SNIPPET_WORDS = 64
+CONTINUES = "…"
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Term:
     """An entry of a vector.
 
     Attributes:
-        name: as it is shown: a piece that continues a word begins with `-`.
+        name: as it is shown: a piece that continues a word begins with CONTINUES.
         weight: v, not quantised.
         in_text: whether it stands in the text; the model added it where it does not.
         share: of the largest weight shown beside it, 0 to 100: the length of its bar.
@@ -67,9 +68,9 @@ class Names:
     def __getitem__(self, index: int) -> str:
         token = self._vocabulary[index]
         if token.startswith("##") and len(token) > 2:
-            return "-" + token[2:]
+            return CONTINUES + token[2:]
         plain = self._tokenizer.convert_tokens_to_string([token]).strip() or token
-        return plain if index >= len(self._starts) or self._starts[index] else "-" + plain
+        return plain if index >= len(self._starts) or self._starts[index] else CONTINUES + plain
 
 
 def terms(names: Names, indices: np.ndarray, weights: np.ndarray, text: Collection[int]) -> list[Term]:

@@ -68,6 +68,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+PEER_CONFIGS = tuple(f"sentence_{name}_config.json" for name in (
+    "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"))  # fmt: skip
+"""Names under which sentence-transformers has stored how a backbone is read; new folders have the first."""
+
 _TO_RESIDUAL = re.compile(r"(output\.dense|out_lin|lin2|Wo)$")
 
 

@@ -31,7 +31,7 @@ from transformers.utils import cached_file
 
 from lexmae import artifact
 from lexmae.errors import InputError
-from lexmae.model import lexicon
+from lexmae.model import backbone, lexicon
 from lexmae.model.pooling import Pooling
 
 SIDES = {"docs": "document", "queries": "query"}
@@ -40,7 +40,6 @@ SIDES = {"docs": "document", "queries": "query"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _IDF = "idf.json"
 _TRANSFORMERS = ("Transformer", "MLMTransformer")
-_BACKBONES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # in names of old files
 _PROMPTS = {"docs": ("document", "passage", "corpus"), "queries": ("query",)}
 
 
@@ -183,7 +182,7 @@ def _from_modules(init: str, side: str, modules: list[tuple[str, str]], top_k: i
 
 def _check_transformer(init: str, side: str, kind: str, path: str) -> None:
     """Refuse a transformer that reads other texts, or gives other than an LM head's logits."""
-    names = (_join(path, f"sentence_{backbone}_config.json") for backbone in _BACKBONES)
+    names = (_join(path, name) for name in backbone.PEER_CONFIGS)
     config = next(filter(None, (_read_json(init, name) for name in names)), {})
     task = config.get("transformer_task", "fill-mask" if kind == "MLMTransformer" else "feature-extraction")
     if task != "fill-mask":
