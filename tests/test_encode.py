@@ -20,7 +20,7 @@ from conftest import write_model
 from lexmae import artifact
 from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
-from lexmae.retrieval import encode, vectors
+from lexmae.retrieval import blocks, encode, vectors
 from lexmae.retrieval.encode import EncodeConfig
 from lexmae.retrieval.vectors import SparseVectors
 
@@ -104,10 +104,10 @@ def test_the_size_of_batches_changes_nothing(model_dir, shards_dir, expected, tm
 
 def test_batches_hold_every_text_once_and_fit(tiny_shards):
     lengths = tiny_shards.docs.lengths
-    batches = list(encode._by_length(lengths, 100))
+    batches = list(blocks.by_length(lengths, 100))
     assert sorted(np.concatenate(batches).tolist()) == list(range(41))
     assert all(len(b) * lengths[b].max() <= 100 for b in batches)
-    assert [len(b) for b in encode._by_length(np.array([7, 9]), 1)] == [1, 1]
+    assert [len(b) for b in blocks.by_length(np.array([7, 9]), 1)] == [1, 1]
 
 
 # --------------------------------------------------------------------------------------------------- stopping
@@ -199,7 +199,7 @@ def test_what_was_begun_otherwise_is_discarded(model_dir, shards_dir, tmp_path, 
     elif change == "block":
         monkeypatch.setattr(encode, "BLOCK", 7)
     else:
-        (partial / "encode.json").unlink()
+        (partial / "begun.json").unlink()
     encode.encode(model, shards_dir, tmp_path / "v", config)
     encode.encode(model, shards_dir, tmp_path / "fresh", config)
     assert content(tmp_path / "v") == content(tmp_path / "fresh")
@@ -247,8 +247,8 @@ def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, m
     def ranks():
         yield local.rank, world, torch.device("cpu")
 
-    monkeypatch.setattr(encode, "_ranks", ranks)
-    monkeypatch.setattr(encode, "_barrier", lambda _: barrier.wait(60))
+    monkeypatch.setattr(blocks, "ranks", ranks)
+    monkeypatch.setattr(blocks, "barrier", lambda _: barrier.wait(60))
     encoder = SparseEncoder.load(model_dir)  # transformers cannot load in several threads at once
     monkeypatch.setattr(encode.SparseEncoder, "load", lambda _: encoder)
 
