@@ -54,8 +54,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
     Raises:
         InputError: model, shards or split do not exist or do not belong together, or ``output`` exists.
     """
-    output, table, opened = Path(output), *_open_table(shards, config)
-    made_with = _refuse_other_tokenizer(model, opened)
+    output, (table, opened, made_with) = Path(output), open_inputs(model, shards, config)
     artifact.refuse_existing(output, overwrite)
     with blocks.ranks() as (rank, world, device):
         name = blocks.precision(config.precision, device)
@@ -73,6 +72,12 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
             _finish(output, partial, opened, model, shards, state)
             say(f"wrote {output}: {len(table)} {config.side}, {done / max(seconds, 1e-9):.0f} texts/s on this rank")
         blocks.barrier(world)
+
+
+def open_inputs(model: str | Path, shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards, str | None]:
+    """The texts to encode, their shards, and the fingerprint of a model of ours; refuses what does not fit."""
+    table, opened = _open_table(shards, config)
+    return table, opened, _refuse_other_tokenizer(model, opened)
 
 
 def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards]:
