@@ -53,7 +53,8 @@ def check_rows(ids: Sequence[str], csr: Csr, n_terms: int, path: Path | str) -> 
     indptr, indices, weights = csr
     fits = len(indptr) == len(ids) + 1 and len(indices) == len(weights) and indptr[0] == 0
     if not fits or indptr[-1] != len(indices) or (np.diff(indptr) < 0).any():
-        raise InputError(f"{len(ids)} ids, {len(indices)} terms and {len(weights)} weights do not belong together", path)
+        raise InputError(f"{len(ids)} ids, {len(indices)} terms and {len(weights)} weights do not belong together",
+                         path)
     for start in range(0, len(indices), _CHUNK):
         part = indices[start:start + _CHUNK]
         if part.min() < 0 or part.max() >= n_terms:
