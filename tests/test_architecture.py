@@ -35,14 +35,19 @@ FENCES = {
     "datasets": {"lexmae/data/hub.py"},
     "flask": {"lexmae/demo/"},
     "werkzeug": {"lexmae/demo/"},
+    "faiss": {"lexmae/retrieval/faiss_engine.py"},
+    "seismic": {"lexmae/retrieval/seismic.py"},
+    "matplotlib": {"lexmae/retrieval/plots.py"},
 }
 WITHOUT_TORCH = """errors cli config config.checks config.ranking recipe artifact data.corpus data.qrels data.negatives
     data.builtin data.prepare
     data.subset data.shards data.tokens data.tokenizer data.masking data.randomness data.draws retrieval.vectors
     retrieval.export retrieval.engines retrieval.exact retrieval.anserini retrieval.runs retrieval.metrics
-    retrieval.mining retrieval.bm25 retrieval.reports train.hardware train.schedules cycle.plan cycle.runner
-    cycle.report data.marco data.passages retrieval.maxp model.card demo.texts demo.explain demo.app""".split()
-HEAVY = {"torch", "transformers", "deepspeed", "tensorboard"}
+    retrieval.mining retrieval.bm25 retrieval.reports retrieval.checks retrieval.dense
+    retrieval.seismic retrieval.faiss_engine retrieval.fusion retrieval.export_check retrieval.evaluation
+    retrieval.sweep retrieval.plots retrieval.options retrieval.maxp train.hardware train.schedules cycle.plan
+    cycle.runner cycle.report data.marco data.passages model.card demo.texts demo.explain demo.app""".split()
+HEAVY = {"torch", "transformers", "deepspeed", "tensorboard", "matplotlib", "faiss"}
 
 
 def name_of(path: Path) -> str:

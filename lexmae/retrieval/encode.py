@@ -55,8 +55,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
     Raises:
         InputError: model, shards or split do not exist or do not belong together, or ``output`` exists.
     """
-    output, table, opened = Path(output), *_open_table(shards, config)
-    made_with = _refuse_other_tokenizer(model, opened, config.side)
+    output, (table, opened, made_with) = Path(output), open_inputs(model, shards, config)
     artifact.refuse_existing(output, overwrite)
     with blocks.ranks() as (rank, world, device):
         name = blocks.precision(config.precision, device)
@@ -81,6 +80,12 @@ def _load(model: str | Path, side: str) -> torch.nn.Module:
     if side == "queries" and holds_table(model):
         return StaticQueries.load(model)
     return SparseEncoder.load(model, side=side)
+
+
+def open_inputs(model: str | Path, shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards, str | None]:
+    """The texts to encode, their shards, and the fingerprint of a model of ours; refuses what does not fit."""
+    table, opened = _open_table(shards, config)
+    return table, opened, _refuse_other_tokenizer(model, opened, config.side)
 
 
 def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards]:

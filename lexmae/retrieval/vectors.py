@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from lexmae import artifact
 from lexmae.errors import InputError
+from lexmae.retrieval import checks
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -195,7 +196,8 @@ class SparseVectors:
             side: ``docs`` or ``queries``: refuse vectors of the other side.
 
         Raises:
-            InputError: not a finished artifact of vectors, of the other side, or with an id that occurs twice.
+            InputError: not a finished artifact of vectors, of the other side, damaged, with an id that occurs twice
+                or a term that the vocabulary does not have.
         """
         path = Path(path)
         manifest = artifact.read(path, KIND)
@@ -205,7 +207,9 @@ class SparseVectors:
         ids, csr = join(read_part(file) for file in part_files(path))
         if len(set(ids)) != len(ids):
             raise InputError(f"the id '{_first_repeated(ids)}' occurs more than once", path)
-        return cls(ids, *csr, read_vocabulary(path), dict(manifest.extra), manifest.fingerprint)
+        vocabulary = read_vocabulary(path)
+        checks.check_rows(ids, csr, len(vocabulary), path)
+        return cls(ids, *csr, vocabulary, dict(manifest.extra), manifest.fingerprint)
 
 
 def part_name(rank: int, number: int) -> str:
@@ -242,15 +246,15 @@ def read_part(path: str | Path) -> tuple[list[str], Csr]:
     """Ids and rows of one part; the arrays are views of the memory-mapped file."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path)))
-        if table.schema.names != _SCHEMA.names:
-            raise InputError(f"has the columns {', '.join(table.schema.names)}, needed are "
-                             f"{', '.join(_SCHEMA.names)}", path)
-        return join(_read_batch(table.get_batch(i)) for i in range(table.num_record_batches))
-    except pa.ArrowInvalid as error:
-        raise InputError(f"not an Arrow file: {error}", path) from error
+        return join(_read_batch(table.get_batch(i), path) for i in range(table.num_record_batches))
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise InputError(f"not an Arrow file, or a damaged one: {' '.join(str(error).split())}", path) from error
 
 
-def _read_batch(batch: pa.RecordBatch) -> tuple[list[str], Csr]:
+def _read_batch(batch: pa.RecordBatch, path: str | Path) -> tuple[list[str], Csr]:
+    checks.check_batch(batch, _SCHEMA, path)
     terms, weights = batch.column("terms"), batch.column("weights")
     return batch.column("id").to_pylist(), Csr(terms.offsets.to_numpy(), terms.values.to_numpy(),
                                                weights.values.to_numpy())
