@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from lexmae.errors import InputError
-from lexmae.retrieval import anserini, engines, exact, kernels
+from lexmae.retrieval import anserini, engines, exact, kernels, segments
 from lexmae.retrieval.kernels import keep_best
-from lexmae.retrieval.vectors import Csr, SparseVectors, quantise
+from lexmae.retrieval.stored import StoredVectors
+from lexmae.retrieval.vectors import Csr, SparseVectors, quantise, write_vocabulary
 
 V = 60
 VOCABULARY = [f"tok{i}" for i in range(V)]
@@ -28,21 +29,20 @@ def brute_force(docs, queries, hits):
                          key=lambda p: (-p[1], p[0]))[:hits] for name, row in zip(queries.ids, scores, strict=True)}
 
 
-@pytest.mark.parametrize("block", [64, 256, 1 << 15])
+@pytest.mark.parametrize("block", [128, 256, 1 << 15])
 @pytest.mark.parametrize("hits", [1, 10, 200, 5000])
-def test_exact_equals_brute_force(tmp_path, monkeypatch, block, hits):
-    monkeypatch.setattr(exact, "BLOCK", block)
-    for kernel in ("_invert", "_search_block_wise", "keep_best"):  # constants are compiled in: run as plain Python
-        monkeypatch.setattr(exact, kernel, getattr(exact, kernel).py_func)
-    docs, queries = vectors(300, 0, "d"), vectors(6, 1, "q", density=0.1)
-    index = engines.build(docs, "exact", tmp_path / "i")
+def test_exact_equals_brute_force(tmp_path, block, hits):
+    docs, queries = vectors(700, 0, "d"), vectors(6, 1, "q", density=0.1)
+    segments.write(StoredVectors.of(docs), tmp_path / "segment-0000", block=block)
+    write_vocabulary(tmp_path, VOCABULARY)
+    index = exact.ExactIndex(tmp_path, block)
     assert dict(index.search(queries, hits, threads=2)) == brute_force(docs, queries, hits)
 
 
 @pytest.mark.parametrize("scale", [1, 100, 3000])
 def test_compiled_kernels_equal_brute_force(tmp_path, scale):
     """Scale 1 gives many ties, scale 3000 weights beyond 8 bits; more documents than one block holds."""
-    docs = vectors(exact.BLOCK + 3000, 2, "d", density=0.05, scale=scale)
+    docs = vectors(segments.BLOCK + 3000, 2, "d", density=0.05, scale=scale)
     queries = vectors(12, 3, "q", density=0.1, scale=scale)
     index = engines.build(docs, "exact", tmp_path / "i")
     for hits in (3, 1000):

@@ -101,13 +101,15 @@ def build(vectors: SparseVectors | str | Path, engine: str, output: str | Path, 
     artifact.refuse_existing(Path(output), overwrite)
     inputs = {}
     if not isinstance(vectors, SparseVectors):
+        from lexmae.retrieval.stored import StoredVectors
+
         inputs["vectors"] = vectors
-        vectors = SparseVectors.open(vectors, side="docs")
+        vectors = StoredVectors.open(vectors, side="docs")
     if top_k is not None:
         vectors = vectors.pruned(top_k)
     config: dict[str, Any] = {"engine": engine, "top_k": top_k}
     with artifact.create(output, KIND, inputs=inputs, config=config, overwrite=overwrite) as draft:
-        draft.counts.update(rows=len(vectors), postings=len(vectors.indices))
+        draft.counts.update(rows=len(vectors), postings=vectors.n_postings)
         draft.extra.update(engine=engine, vectors=vectors.extra, mean_active=round(vectors.mean_active, 3))
         builder(vectors, draft)
     return open_index(output)
