@@ -34,7 +34,8 @@ FENCES = {
 }
 WITHOUT_TORCH = """errors cli config recipe artifact data.corpus data.qrels data.negatives data.builtin data.prepare
     data.shards data.tokens data.tokenizer data.masking data.randomness data.draws retrieval.vectors retrieval.export
-    retrieval.engines retrieval.exact retrieval.anserini retrieval.runs retrieval.metrics retrieval.mining
+    retrieval.engines retrieval.exact retrieval.kernels retrieval.segments retrieval.stored retrieval.updates
+    retrieval.anserini retrieval.runs retrieval.metrics retrieval.mining
     retrieval.bm25 retrieval.reports train.hardware train.schedules cycle.plan cycle.runner cycle.report""".split()
 HEAVY = {"torch", "transformers", "deepspeed", "tensorboard"}
 

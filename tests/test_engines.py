@@ -49,6 +49,24 @@ def test_compiled_kernels_equal_brute_force(tmp_path, scale):
         assert dict(index.search(queries, hits, threads=2)) == brute_force(docs, queries, hits)
 
 
+def test_an_index_of_the_older_layout_is_refused(tmp_path):
+    engines.build(vectors(20, 6, "d"), "exact", tmp_path / "i")
+    (tmp_path / "i" / "segment-0000").rename(tmp_path / "i" / "other")
+    with pytest.raises(InputError, match="made by an older version; index the vectors again"):
+        engines.open_index(tmp_path / "i")
+
+
+def test_scores_are_the_dot_products_of_the_integer_weights(tmp_path):
+    """Weights over the whole range of 16 bits, more documents than a block, against a dense product in int64."""
+    docs, queries = vectors(segments.BLOCK + 500, 11, "d", density=0.1, scale=9000), vectors(3, 12, "q", scale=7)
+    dense = queries.to_scipy().toarray().astype(np.int64) @ docs.to_scipy().toarray().astype(np.int64).T
+    row = {name: number for number, name in enumerate(docs.ids)}
+    run = engines.build(docs, "exact", tmp_path / "i").search(queries, len(docs))
+    for number, name in enumerate(queries.ids):
+        assert len(run[name]) == (dense[number] > 0).sum()
+        assert all(score == dense[number, row[document]] for document, score in run[name])
+
+
 def test_keep_best_equals_sort():
     rng = np.random.default_rng(0)
     for n in (1, 2, 3, 10, 500):

@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hits", type=int, default=1000, help="documents per query at most")
     parser.add_argument("--output", required=True, metavar="FILE", help="TREC run to write")
     parser.add_argument("--threads", type=int, default=engines.default_threads(), help="threads of the search")
+    parser.add_argument("--device", default="cpu", help="cuda searches an exact index on a GPU, with the same result")
     parser.add_argument("--top-k", type=int, help="keep only the k largest weights of each query")
     parser.add_argument("--exclude-self", action="store_true", help="leave out the document that bears the query's id "
                                                                      "(ArguAna's queries are documents)")
@@ -35,18 +36,20 @@ def main(argv: list[str] | None = None) -> None:
     queries = SparseVectors.open(options.queries, side="queries")
     if options.top_k is not None:
         queries = queries.pruned(options.top_k)
-    run = index.search(queries, options.hits + options.exclude_self, options.threads)
+    run = index.search(queries, options.hits + options.exclude_self, options.threads, options.device)
     if options.exclude_self:
         run = run.without_self().cut(options.hits)
-    figures = {"engine": index.engine, "queries": len(run), "threads": options.threads, "hits": options.hits,
-               "seconds": round(run.seconds, 4), "queries_per_second": round(len(run) / max(run.seconds, 1e-9), 1),
+    figures = {"engine": index.engine, "queries": len(run), "threads": options.threads, "device": options.device,
+               "hits": options.hits, "seconds": round(run.seconds, 4),
+               "queries_per_second": round(len(run) / max(run.seconds, 1e-9), 1),
                "without_results": sum(not len(run.scores(query)) for query in run),
                "terms_queries": round(queries.mean_active, 3)}
+    where = f"{options.threads} threads" if options.device == "cpu" else options.device
     reports.write_json(options.json, figures)
     write_run(options.output, run, tag=options.tag)
     cli.say(f"{options.output}: {len(run):,} queries of {queries.mean_active:.1f} terms each, "
             f"{run.n_entries / max(len(run), 1):.1f} documents each ({figures['without_results']:,} without any); "
-            f"{figures['queries_per_second']:,} queries/s on {options.threads} threads ({index.engine})")
+            f"{figures['queries_per_second']:,} queries/s on {where} ({index.engine})")
 
 
 if __name__ == "__main__":

@@ -63,13 +63,15 @@ class Index:
     def __len__(self) -> int:
         return self.manifest.counts["rows"]
 
-    def search(self, queries: SparseVectors, hits: int = 1000, threads: int | None = None) -> Run:
+    def search(self, queries: SparseVectors, hits: int = 1000, threads: int | None = None,
+               device: str = "cpu") -> Run:
         """The ``hits`` best documents of every query, by dot product; ties by document id.
 
         Documents that share no term with the query are not found. ``run.seconds`` is the time the search took.
 
         Args:
             threads: all processors by default.
+            device: ``cuda`` searches an exact index on a GPU, with the same result.
 
         Raises:
             InputError: the queries were encoded with another vocabulary or another scale than the documents.
@@ -77,6 +79,12 @@ class Index:
         if hits < 1:
             raise InputError(f"hits must be at least 1, not {hits}")
         self._check(queries)
+        if device != "cpu":
+            if self.engine != "exact":
+                raise InputError(f"the engine {self.engine} does not search on {device}; exact does")
+            from lexmae.retrieval.device import DeviceIndex
+
+            return DeviceIndex(self._searcher, device).search(queries, hits)
         return self._searcher.search(queries, hits, threads or default_threads())
 
     def _check(self, queries: SparseVectors) -> None:

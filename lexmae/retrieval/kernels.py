@@ -148,7 +148,7 @@ def search_blocks(starts, postings, numbers, block, q_indptr, q_terms, q_weights
             if touched:
                 _collect(tiles, n_tiles, numbers, base, hits, state[query - first], counts[query - first],
                          keys[query - first])
-                for d in range(len(scores)):
+                for d in range(n_tiles * TILE):
                     scores[d] = 0
 
 

@@ -11,7 +11,6 @@ their numbers, ascending. Deleted documents keep their postings until the index 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ import pyarrow.compute as pc
 
 from lexmae.cli import progress
 from lexmae.errors import InputError
+from lexmae.retrieval.engines import default_threads
 from lexmae.retrieval.kernels import forward, frozen, invert
 from lexmae.retrieval.stored import StoredVectors
 from lexmae.retrieval.vectors import Csr
@@ -33,11 +33,6 @@ DELETED = "deleted.npy"
 def segment_name(number: int) -> str:
     """Folder of segment ``number`` within the index."""
     return f"segment-{number:04d}"
-
-
-def default_threads() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write(vectors: StoredVectors, folder: Path, threads: int | None = None, block: int = BLOCK) -> None:
@@ -87,7 +82,8 @@ class Segment:
 
     def __init__(self, folder: Path, block: int = BLOCK):
         self.block = block
-        self.ids: pa.Array = pa.ipc.open_file(pa.memory_map(str(folder / "ids.arrow"))).read_all()["id"].combine_chunks()
+        table = pa.ipc.open_file(pa.memory_map(str(folder / "ids.arrow"))).read_all()
+        self.ids: pa.Array = table["id"].combine_chunks()
         self.starts, self.postings = _map(folder / "starts.npy"), _map(folder / "postings.npy")
         self.heaviest = np.load(folder / "heaviest.npy")
         self.live = np.ones(len(self.ids), bool)
