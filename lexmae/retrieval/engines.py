@@ -59,6 +59,7 @@ class Index:
         self.manifest = manifest
         self.engine: str = manifest.extra["engine"]
         self._searcher: Searcher = _engine(self.engine)[1](manifest.path)
+        self._agreed: list[str] | None = None  # the vocabulary last found equal: comparing takes longer than a query
 
     def __len__(self) -> int:
         return self.manifest.counts["rows"]
@@ -88,9 +89,10 @@ class Index:
         return self._searcher.search(queries, hits, threads or default_threads())
 
     def _check(self, queries: SparseVectors) -> None:
-        if queries.vocabulary != self._searcher.vocabulary:
+        if queries.vocabulary is not self._agreed and queries.vocabulary != self._searcher.vocabulary:
             raise InputError(f"its documents were encoded with another vocabulary ({len(self._searcher.vocabulary)} "
                              f"tokens) than the queries ({queries.n_terms} tokens)", self.manifest.path)
+        self._agreed = queries.vocabulary
         made = self.manifest.extra.get("vectors", {})
         for key in ("tokenizer_hash", "scale"):
             if made.get(key) is not None and queries.extra.get(key) not in (None, made[key]):
