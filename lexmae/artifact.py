@@ -7,6 +7,7 @@ with which configuration it was made, what it holds (counts, checksums), and wit
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -38,11 +39,13 @@ class Draft:
         path: the temporary directory to write files into.
         counts: numbers of what it holds, for the manifest.
         extra: further facts for the manifest (JSON values).
+        known: checksums of files taken over unread from a finished artifact, by name.
     """
 
     path: Path
     counts: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,9 @@ def seal(draft: Draft, path: str | Path, kind: str, *, inputs: Mapping[str, str 
          config: Mapping[str, Any] | None = None) -> Manifest:
     """Write the manifest of ``draft``, flush everything to disk and give it its final name."""
     path = Path(path)
-    files = {str(p.relative_to(draft.path)): checksum(p) for p in sorted(draft.path.rglob("*"))
+    names = {str(p.relative_to(draft.path)): p for p in sorted(draft.path.rglob("*"))
              if p.is_file() and p.name != MANIFEST}
+    files = {name: draft.known.get(name) or checksum(p) for name, p in names.items()}
     record = {"lexmae": __version__, "format": FORMAT, "kind": kind, "inputs": _describe_inputs(inputs or {}),
               "config": dict(config or {}), "counts": draft.counts, "extra": draft.extra, "files": files,
               "fingerprint": _fingerprint(files), "versions": versions()}
@@ -265,8 +269,10 @@ def _fsync(path: Path) -> None:
 
 
 def _replace_directory(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; an old ``target`` is moved aside first and removed last."""
-    if target.exists():
+    """Rename ``source`` to ``target``; an old one changes places with it, or is moved aside, and is removed last."""
+    if target.exists() and _exchange(source, target):
+        shutil.rmtree(source)
+    elif target.exists():
         old = target.with_name(target.name + ".old")
         if old.exists():
             shutil.rmtree(old)
@@ -276,6 +282,16 @@ def _replace_directory(source: Path, target: Path) -> None:
     else:
         os.rename(source, target)
     _fsync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step, so that there is no moment without either (Linux); False where it cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _umask() -> int:

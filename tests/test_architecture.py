@@ -42,7 +42,8 @@ FENCES = {
 WITHOUT_TORCH = """errors cli config config.checks config.ranking recipe artifact data.corpus data.qrels data.negatives
     data.builtin data.prepare
     data.subset data.shards data.tokens data.tokenizer data.masking data.randomness data.draws retrieval.vectors
-    retrieval.export retrieval.engines retrieval.exact retrieval.anserini retrieval.runs retrieval.metrics
+    retrieval.export retrieval.engines retrieval.exact retrieval.kernels retrieval.segments retrieval.stored
+    retrieval.updates retrieval.anserini retrieval.runs retrieval.metrics
     retrieval.mining retrieval.bm25 retrieval.reports retrieval.checks retrieval.dense
     retrieval.seismic retrieval.faiss_engine retrieval.fusion retrieval.export_check retrieval.evaluation
     retrieval.sweep retrieval.plots retrieval.options retrieval.maxp train.hardware train.schedules cycle.plan

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from lexmae.errors import InputError
-from lexmae.retrieval import anserini, engines, exact, kernels
+from lexmae.retrieval import anserini, engines, exact, kernels, segments
 from lexmae.retrieval.dense import DenseVectors
 from lexmae.retrieval.kernels import keep_best
-from lexmae.retrieval.vectors import Csr, SparseVectors, quantise
+from lexmae.retrieval.stored import StoredVectors
+from lexmae.retrieval.vectors import Csr, SparseVectors, quantise, write_vocabulary
 
 V = 60
 VOCABULARY = [f"tok{i}" for i in range(V)]
@@ -32,25 +33,42 @@ def brute_force(docs, queries, hits):
                          key=lambda p: (-p[1], p[0]))[:hits] for name, row in zip(queries.ids, scores, strict=True)}
 
 
-@pytest.mark.parametrize("block", [64, 256, 1 << 15])
+@pytest.mark.parametrize("block", [128, 256, 1 << 15])
 @pytest.mark.parametrize("hits", [1, 10, 200, 5000])
-def test_exact_equals_brute_force(tmp_path, monkeypatch, block, hits):
-    monkeypatch.setattr(exact, "BLOCK", block)
-    for kernel in ("_invert", "_search_block_wise", "keep_best"):  # constants are compiled in: run as plain Python
-        monkeypatch.setattr(exact, kernel, getattr(exact, kernel).py_func)
-    docs, queries = vectors(300, 0, "d"), vectors(6, 1, "q", density=0.1)
-    index = engines.build(docs, "exact", tmp_path / "i")
+def test_exact_equals_brute_force(tmp_path, block, hits):
+    docs, queries = vectors(700, 0, "d"), vectors(6, 1, "q", density=0.1)
+    segments.write(StoredVectors.of(docs), tmp_path / "segment-0000", block=block)
+    write_vocabulary(tmp_path, VOCABULARY)
+    index = exact.ExactIndex(tmp_path, block)
     assert dict(index.search(queries, hits, threads=2)) == brute_force(docs, queries, hits)
 
 
 @pytest.mark.parametrize("scale", [1, 100, 3000])
 def test_compiled_kernels_equal_brute_force(tmp_path, scale):
     """Scale 1 gives many ties, scale 3000 weights beyond 8 bits; more documents than one block holds."""
-    docs = vectors(exact.BLOCK + 3000, 2, "d", density=0.05, scale=scale)
+    docs = vectors(segments.BLOCK + 3000, 2, "d", density=0.05, scale=scale)
     queries = vectors(12, 3, "q", density=0.1, scale=scale)
     index = engines.build(docs, "exact", tmp_path / "i")
     for hits in (3, 1000):
         assert dict(index.search(queries, hits, threads=2)) == brute_force(docs, queries, hits)
+
+
+def test_an_index_of_the_older_layout_is_refused(tmp_path):
+    engines.build(vectors(20, 6, "d"), "exact", tmp_path / "i")
+    (tmp_path / "i" / "segment-0000").rename(tmp_path / "i" / "other")
+    with pytest.raises(InputError, match="made by an older version; index the vectors again"):
+        engines.open_index(tmp_path / "i")
+
+
+def test_scores_are_the_dot_products_of_the_integer_weights(tmp_path):
+    """Weights over the whole range of 16 bits, more documents than a block, against a dense product in int64."""
+    docs, queries = vectors(segments.BLOCK + 500, 11, "d", density=0.1, scale=9000), vectors(3, 12, "q", scale=7)
+    dense = queries.to_scipy().toarray().astype(np.int64) @ docs.to_scipy().toarray().astype(np.int64).T
+    row = {name: number for number, name in enumerate(docs.ids)}
+    run = engines.build(docs, "exact", tmp_path / "i").search(queries, len(docs))
+    for number, name in enumerate(queries.ids):
+        assert len(run[name]) == (dense[number] > 0).sum()
+        assert all(score == dense[number, row[document]] for document, score in run[name])
 
 
 def test_keep_best_equals_sort():

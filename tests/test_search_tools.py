@@ -58,6 +58,29 @@ def test_search_leaves_out_the_query_itself(work):
     assert len(read_run(work / "r").documents("q3")) == 3
 
 
+def test_index_is_changed_in_place(work, capsys):
+    vectors = SparseVectors.open(work / "docs")
+    SparseVectors(["new"], vectors.indptr[:2], vectors.indices[:12], vectors.weights[:12], VOCABULARY,
+                  {"side": "docs"}).save(work / "more")
+    (work / "ids").write_text("d3\nd0\n")
+    command("index", "--index", work / "i", "--delete", work / "ids", "--add", work / "more")
+    command("search", "--index", work / "i", "--queries", work / "q", "--hits", 2, "--output", work / "r")
+    assert dict(read_run(work / "r")) == {"q3": [("d1", 1000), ("d10", 1000)], "d5": [("d5", 21000), ("d1", 1000)]}
+    command("index", "--index", work / "i", "--compact")
+    assert "11 documents of 12.0 terms each" in capsys.readouterr().err
+    command("search", "--index", work / "i", "--queries", work / "q", "--hits", 2, "--output", work / "r2")
+    assert (work / "r").read_bytes() == (work / "r2").read_bytes()
+    for wrong in (["--index", work / "i"], ["--add", work / "more"],
+                  ["--index", work / "i", "--compact", "--vectors", work / "docs"]):
+        with pytest.raises(InputError, match="--index"):
+            command("index", *wrong)
+
+
+def test_search_on_a_device_that_is_not_there(work):
+    with pytest.raises(InputError, match="abacus"):
+        command("search", "--index", work / "i", "--queries", work / "q", "--output", work / "r", "--device", "abacus")
+
+
 def test_search_with_documents_as_queries_is_refused(work):
     with pytest.raises(InputError, match="vectors of queries are needed"):
         command("search", "--index", work / "i", "--queries", work / "docs", "--output", work / "r")

@@ -40,18 +40,23 @@ def _search(options: argparse.Namespace) -> tuple[Run, dict, str]:
         if index.engine in engines.DENSE:
             raise InputError("--top-k is for sparse vectors")
         queries = queries.pruned(options.top_k)
-    search = maxp.search if options.max_passage else engines.Index.search
-    run = search(index, queries, options.hits + options.exclude_self, options.threads)
+    hits = options.hits + options.exclude_self
+    if options.max_passage:
+        run = maxp.search(index, queries, hits, options.threads)
+    else:
+        run = index.search(queries, hits, options.threads, options.device)
     if index.log:
         with artifact.atomic_file(f"{options.output}.log") as out:
             out.write(index.log)
+    where = f"{options.threads} threads" if options.device == "cpu" else options.device
     rate = round(len(run) / max(run.seconds, 1e-9), 1)
-    figures = {"engine": index.engine, "threads": options.threads, "max_passage": options.max_passage,
-               "effort": options.effort, "seconds": round(run.seconds, 4), "queries_per_second": rate}
+    figures = {"engine": index.engine, "threads": options.threads, "device": options.device,
+               "max_passage": options.max_passage, "effort": options.effort, "seconds": round(run.seconds, 4),
+               "queries_per_second": rate}
     long = f"{queries.dimensions} dimensions" if index.engine in engines.DENSE else f"{queries.mean_active:.1f} terms"
     if index.engine not in engines.DENSE:
         figures["terms_queries"] = round(queries.mean_active, 3)
-    return run, figures, f"{long} a query, {rate:,} queries/s on {options.threads} threads ({index.engine})"
+    return run, figures, f"{long} a query, {rate:,} queries/s on {where} ({index.engine})"
 
 
 def _fuse(options: argparse.Namespace) -> tuple[Run, dict, str]:
@@ -73,6 +78,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hits", type=int, default=1000, help="documents per query at most")
     parser.add_argument("--output", required=True, metavar="FILE", help="TREC run to write")
     parser.add_argument("--threads", type=int, default=engines.default_threads(), help="threads of the search")
+    parser.add_argument("--device", default="cpu", help="cuda searches an exact index on a GPU, with the same result")
     parser.add_argument("--top-k", type=int, help="keep only the k largest weights of each query")
     parser.add_argument("--effort", type=float, help="of an approximate engine: 1 unless given; more finds more of the "
                                                      "best documents, more slowly")
@@ -90,6 +96,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         raise InputError("--fuse takes the place of --index and --queries")
     if not options.fuse and not (options.index and options.queries):
         raise InputError("--index and --queries are needed, or --fuse with runs")
+    if options.max_passage and options.device != "cpu":
+        raise InputError("--max-passage searches on the CPU: leave --device out")
     if options.weights and not options.fuse:
         raise InputError("--weights goes with --fuse")
     return options

@@ -83,6 +83,7 @@ class Index:
         self.manifest = manifest
         self.engine: str = manifest.extra["engine"]
         self._searcher: Searcher = _engine(self.engine)[1](manifest.path)
+        self._agreed: list[str] | None = None  # the vocabulary last found equal: comparing takes longer than a query
 
     def __len__(self) -> int:
         return self.manifest.counts["rows"]
@@ -109,13 +110,15 @@ class Index:
             raise InputError(f"effort must be above 0, not {effort:g}")
         self._searcher.effort = effort
 
-    def search(self, queries: Vectors, hits: int = 1000, threads: int | None = None) -> Run:
+    def search(self, queries: Vectors, hits: int = 1000, threads: int | None = None,
+               device: str = "cpu") -> Run:
         """The ``hits`` best documents of every query, by dot product; ties by document id.
 
         Documents that share no term with the query are not found. ``run.seconds`` is the time the search took.
 
         Args:
             threads: all processors by default.
+            device: ``cuda`` searches an exact index on a GPU, with the same result.
 
         Raises:
             InputError: the queries were encoded with another vocabulary or another scale than the documents, or are of
@@ -124,6 +127,12 @@ class Index:
         if hits < 1:
             raise InputError(f"hits must be at least 1, not {hits}")
         self._check(queries)
+        if device != "cpu":
+            if self.engine != "exact":
+                raise InputError(f"the engine {self.engine} does not search on {device}; exact does")
+            from lexmae.retrieval.device import DeviceIndex
+
+            return DeviceIndex(self._searcher, device).search(queries, hits)
         return self._searcher.search(queries, hits, threads or default_threads())
 
     def open_queries(self, path: str | Path) -> Vectors:
@@ -133,9 +142,10 @@ class Index:
     def _check(self, queries: Vectors) -> None:
         if isinstance(queries, DenseVectors):
             self._check_dense(queries)
-        elif queries.vocabulary != self._searcher.vocabulary:
+        elif queries.vocabulary is not self._agreed and queries.vocabulary != self._searcher.vocabulary:
             raise InputError(f"its documents were encoded with another vocabulary ({len(self._searcher.vocabulary)} "
                              f"tokens) than the queries ({queries.n_terms} tokens)", self.manifest.path)
+        self._agreed = getattr(queries, "vocabulary", None)
         made = self.manifest.extra.get("vectors", {})
         for key in ("tokenizer_hash", "scale", "representation"):
             if made.get(key) is not None and queries.extra.get(key) not in (None, made[key]):
@@ -158,7 +168,13 @@ def open_vectors(path: str | Path, engine: str, side: str) -> Vectors:
                   else "encode without --representation, or use the engine faiss")
         held = "sparse" if engine in DENSE else "dense"
         raise InputError(f"holds {held} vectors, which the engine {engine} does not search: {advice}", path)
-    return (DenseVectors if wanted == dense.KIND else SparseVectors).open(path, side=side)
+    if wanted == dense.KIND:
+        return DenseVectors.open(path, side=side)
+    if side == "queries":
+        return SparseVectors.open(path, side=side)
+    from lexmae.retrieval.stored import StoredVectors
+
+    return StoredVectors.open(path, side=side)
 
 
 def build(vectors: Vectors | str | Path, engine: str, output: str | Path, *, overwrite: bool = False,
@@ -186,7 +202,7 @@ def build(vectors: Vectors | str | Path, engine: str, output: str | Path, *, ove
         if engine in DENSE:
             draft.extra.update(dimensions=vectors.dimensions)
         else:
-            draft.counts.update(postings=len(vectors.indices))
+            draft.counts.update(postings=vectors.n_postings)
             draft.extra.update(mean_active=round(vectors.mean_active, 3))
         builder(vectors, draft, **settings)
     return open_index(output)

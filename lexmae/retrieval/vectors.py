@@ -146,10 +146,15 @@ class SparseVectors:
     def csr(self) -> Csr:
         return Csr(self.indptr, self.indices, self.weights)
 
+    @property
+    def n_postings(self) -> int:
+        """P, the non-zero weights in all."""
+        return len(self.indices)
+
     @cached_property
     def mean_active(self) -> float:
         """Mean number of terms per text."""
-        return len(self.indices) / max(len(self), 1)
+        return self.n_postings / max(len(self), 1)
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Term ids and weights of row ``i``, as views."""
@@ -244,20 +249,24 @@ def write_part(path: str | Path, ids: Sequence[str], indptr: np.ndarray, indices
 
 def read_part(path: str | Path) -> tuple[list[str], Csr]:
     """Ids and rows of one part; the arrays are views of the memory-mapped file."""
+    return join((ids.to_pylist(), csr) for ids, csr in read_batches(path))
+
+
+def read_batches(path: str | Path) -> list[tuple[pa.Array, Csr]]:
+    """The record batches of one part, ids as an Arrow array; views of the memory-mapped file."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path)))
-        return join(_read_batch(table.get_batch(i), path) for i in range(table.num_record_batches))
+        return [_read_batch(table.get_batch(i), path) for i in range(table.num_record_batches)]
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise InputError(f"not an Arrow file, or a damaged one: {' '.join(str(error).split())}", path) from error
 
 
-def _read_batch(batch: pa.RecordBatch, path: str | Path) -> tuple[list[str], Csr]:
+def _read_batch(batch: pa.RecordBatch, path: str | Path) -> tuple[pa.Array, Csr]:
     checks.check_batch(batch, _SCHEMA, path)
     terms, weights = batch.column("terms"), batch.column("weights")
-    return batch.column("id").to_pylist(), Csr(terms.offsets.to_numpy(), terms.values.to_numpy(),
-                                               weights.values.to_numpy())
+    return batch.column("id"), Csr(terms.offsets.to_numpy(), terms.values.to_numpy(), weights.values.to_numpy())
 
 
 def join(pieces: Iterable[tuple[Sequence[str], Csr]]) -> tuple[list[str], Csr]:
