@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUERY_LENGTH, queries, write_model
+from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lexmae import artifact
@@ -192,6 +193,29 @@ def test_a_table_of_tokens_beside_a_plain_model(plain, tmp_path):
     torch.testing.assert_close(got, expected.detach())
     torch.testing.assert_close(SparseEncoder.load(folder).eval()(**inputs(plain, texts)),
                                SparseEncoder.load(plain).eval()(**inputs(plain, texts)))
+
+
+def test_a_table_in_a_folder_of_ours(model_dir, tmp_path):
+    """By hand: the weight of each token that is text, once; as a finished model, and routed in a copy of it."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    weights = torch.rand(len(AutoTokenizer.from_pretrained(folder)))
+    save_file({"weight": weights}, folder / "query_weights.safetensors")
+    text = inputs(folder, ["fish river fish"])
+    expected = torch.zeros(1, len(weights))
+    for token in text["input_ids"][0][1:-1].tolist():
+        expected[0, token] = weights[token]
+    torch.testing.assert_close(SparseEncoder.load(folder, side="queries")(**text), expected)
+    docs = SparseEncoder.load(folder).eval()(**text)
+    (folder / artifact.MANIFEST).unlink()
+    modules = {module["path"] or ".": module["type"] for module in json.loads((folder / "modules.json").read_text())}
+    (folder / "query_0").mkdir()
+    save_file({"weight": weights}, folder / "query_0" / "model.safetensors")
+    edit(folder, "router_config.json", types={"query_0": "x.SparseStaticEmbedding", **modules}, parameters={},
+         structure={"query": ["query_0"], "document": list(modules)})
+    (folder / "modules.json").write_text(json.dumps([{"idx": 0, "path": "", "type": "x.Router"}]))
+    torch.testing.assert_close(SparseEncoder.load(folder, side="queries")(**text), expected)
+    torch.testing.assert_close(SparseEncoder.load(folder).eval()(**text), docs)
 
 
 # ------------------------------------------------------------------------------------------------------ encoding

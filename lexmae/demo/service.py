@@ -168,7 +168,8 @@ class Service:
             row = torch.from_numpy(ids)[None]  # [1, L]
             is_text = ~torch.isin(row, torch.tensor(self._texts.special.structural))
             with torch.inference_mode():
-                values = self._encoder(row, torch.ones_like(row), is_text, torch.zeros_like(row))  # [1, V]
+                values = self._encoder(input_ids=row, attention_mask=torch.ones_like(row), text_mask=is_text,
+                                       token_type_ids=torch.zeros_like(row))  # [1, V]
         csr = vectors.quantise(values[:, :self.vectors.n_terms].float().numpy(), self._texts.special.unk)
         extra = {"tokenizer_hash": self.vectors.extra.get("tokenizer_hash"), "scale": vectors.SCALE}
         return SparseVectors(["query"], *Csr(*csr), self.vectors.vocabulary, extra), set(ids.tolist())

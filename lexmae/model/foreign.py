@@ -37,6 +37,9 @@ from lexmae.model.pooling import Pooling
 SIDES = {"docs": "document", "queries": "query"}
 """Our name of a side → the task of sentence-transformers."""
 
+QUERY_WEIGHTS = "query_weights.safetensors"
+"""A table of token weights in a folder of this project: its queries need no model."""
+
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _IDF = "idf.json"
 _TRANSFORMERS = ("Transformer", "MLMTransformer")
@@ -100,7 +103,7 @@ def plan(init: str | Path, side: str) -> Plan:
     init = str(init)
     if artifact.exists(init):
         artifact.read(init, "model")
-        return Plan(init)
+        return Plan(init, table=_file(init, QUERY_WEIGHTS) if side == "queries" else None)
     modules = _read_json(init, "modules.json")
     if modules is None:
         table = _file(init, _IDF) if side == "queries" else None
@@ -256,7 +259,7 @@ def _stored_weights(file: Path) -> Tensor:
 
 
 def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
+    return "/".join(part for part in (folder, name) if part not in ("", "."))
 
 
 def _file(init: str, name: str) -> Path | None:
