@@ -74,7 +74,7 @@ def test_sparse_engines_are_as_good_as_exact(squad, tmp_path, engine, tolerance)
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("flat", 0.002), ("hnsw", 0.002), ("ivf", 0.01)])
 def test_faiss_is_as_good_as_exact_dense_search(squad, tmp_path, kind, tolerance):
-    """The first 128 singular directions of the vectors (latent semantic indexing), against all dot products in numpy."""
+    """The first 128 singular directions of the vectors (latent semantic indexing), against numpy's dot products."""
     pytest.importorskip("faiss", reason='needs pip install "lexmae[dense]"')
     docs, queries, qrels, _ = squad
     _, _, directions = scipy.sparse.linalg.svds(docs.to_scipy().astype(np.float64), k=128, random_state=0)
