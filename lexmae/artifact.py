@@ -24,6 +24,9 @@ from lexmae.errors import InputError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+DOCUMENTATION = ("README.md",)
+"""Files that explain an artifact. They have a checksum, but no part in its fingerprint: what is made from an artifact
+does not depend on them."""
 _VERSIONS = ("torch", "transformers", "tokenizers", "deepspeed", "numpy", "pyarrow")
 
 
@@ -47,7 +50,8 @@ class Manifest:
     """What ``manifest.json`` of a finished artifact says.
 
     Attributes:
-        fingerprint: sha256 over the names and checksums of all files: equal content, equal fingerprint.
+        fingerprint: sha256 over the names and checksums of all files but DOCUMENTATION: equal content, equal
+            fingerprint.
     """
 
     path: Path
@@ -165,6 +169,29 @@ def verify(path: str | Path) -> None:
             raise InputError("does not have the checksum that the manifest gives; it was changed or damaged", file)
 
 
+def annotate(path: str | Path, extra: Mapping[str, Any], documentation: Mapping[str, str]) -> None:
+    """Change what a finished artifact says about itself; its content, and so its fingerprint, stays.
+
+    Each file is replaced as a whole. Stopped between two, `verify` names the file; doing it again repairs that.
+
+    Args:
+        extra: further or other facts for the manifest.
+        documentation: names among DOCUMENTATION → texts.
+    """
+    path = read(path).path
+    record = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    record["extra"].update(extra)
+    for name, text in documentation.items():
+        if name not in DOCUMENTATION:
+            raise ValueError(f"{name} is content, not documentation")
+        with atomic_file(path / name) as out:
+            out.write(text)
+        record["files"][name] = checksum(path / name)
+    with atomic_file(path / MANIFEST) as out:
+        json.dump(record, out, indent=1, ensure_ascii=False)
+        out.write("\n")
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "w", **open_kwargs: Any) -> Iterator[IO]:
     """Open a temporary file beside ``path`` for writing; it takes that name when the block ends without an error."""
@@ -216,7 +243,8 @@ def _describe_inputs(inputs: Mapping[str, str | Path]) -> dict[str, dict[str, st
 
 
 def _fingerprint(files: Mapping[str, str]) -> str:
-    return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in sorted(files.items())).encode()).hexdigest()
+    lines = [f"{name} {digest}" for name, digest in sorted(files.items()) if name not in DOCUMENTATION]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def checksum(path: str | Path) -> str:

@@ -3,6 +3,7 @@
 
   python tools/evaluate.py --run run.trec --qrels qrels/dev.tsv
   python tools/evaluate.py --run run.trec --qrels qrels/dev.tsv --compare bm25.trec --json metrics.json
+  python tools/evaluate.py --run run.trec --qrels qrels/dev.tsv --card runs/stage1/model
   python tools/evaluate.py --run bm25.trec stage1.trec stage2.trec --qrels my-folder --split dev
   python tools/evaluate.py --collection nf.trec beir/nfcorpus --collection sci.trec beir/scifact --measures nDCG@10
   python tools/evaluate.py --sweep --docs vectors/docs --queries vectors/dev --qrels qrels/dev.tsv \\
@@ -17,6 +18,7 @@ import dataclasses
 from pathlib import Path
 
 from lexmae import artifact, cli
+from lexmae.model import card
 from lexmae.retrieval import evaluation, metrics, options, plots, reports, sweep
 from lexmae.retrieval.vectors import SparseVectors
 
@@ -57,6 +59,11 @@ def _runs(asked: argparse.Namespace, settings: evaluation.Settings) -> dict:
         print("\n" + evaluation.side_by_side(names, results, tested))
     else:
         print("\n" + reports.table([name, f"{value:.4f}"] for name, value in results[0].means.items()))
+    if asked.card:
+        name, split = card.data_set(asked.qrels)
+        figure = card.Evaluation(asked.data_set or name, split, results[0].n_judged, results[0].means)
+        card.add_evaluation(asked.card, figure)
+        cli.say(f"{asked.card}: figures added to {card.NAME}")
     return figures
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,8 @@ class RankingBatch(_Movable):
     its negatives, query 1's positive, …) is row ``doc_order[i]`` of the concatenated chunks.
     ``exclude`` [2, E] are (query, document) pairs of the global batch [G, G·N] that take no part in the loss.
     ``query_order`` puts the rows of the concatenated chunks of ``queries`` into the order of the batch.
-    ``teacher_scores`` are a teacher's scores of a query's own documents, NaN where it has not given them.
+    ``teacher_scores`` are a teacher's scores of a query's own documents, NaN where it has not given them; ``pairs``
+    are what a teacher reads that scores the batch itself, some queries at a time.
     """
 
     queries: list[TextBatch]
@@ -88,6 +89,7 @@ class RankingBatch(_Movable):
     n_docs: int
     exclude: torch.Tensor  # int64 [2, E]
     teacher_scores: torch.Tensor  # float32 [Q, N]
+    pairs: list[Any] = field(default_factory=list)
 
 
 def text_batch(tokens: TokenBatch, structural: np.ndarray, segments: bool) -> TextBatch:
@@ -182,14 +184,16 @@ class RankingData:
     Args:
         negatives: lists of negatives by query row.
         micro_batch: texts per chunk.
+        pairs: query rows [n] and document rows [n, N] → the pairs that a teacher reads.
     """
 
     def __init__(self, shards: Shards, split: str, negatives: NegativeLists, config: NegativesConfig, *, seed: int,
-                 batch: int, micro_batch: int, exclude_judged: bool = True, rank: int = 0, world: int = 1):
+                 batch: int, micro_batch: int, exclude_judged: bool = True, rank: int = 0, world: int = 1,
+                 pairs: Callable[[np.ndarray, np.ndarray], Any] | None = None):
         self.shards, self.queries = shards, shards.queries(split)
         self.negatives, self.config, self.seed = negatives, config, seed
         self.batch, self.micro_batch, self._exclude_judged = batch, micro_batch, exclude_judged
-        self._part = share(rank, world, batch)
+        self._part, self._read_pairs = share(rank, world, batch), pairs
         self._pairs = negatives.judged_pairs()  # [pairs, 2]
         self._stream = Stream(len(self._pairs), seed)
         self.size = len(self._pairs)
@@ -204,7 +208,15 @@ class RankingData:
         queries, query_order = self._chunks(self.queries, pairs[own, 0])
         chunks, order = self._chunks(self.shards.docs, docs[own].reshape(-1))
         return RankingBatch(queries, torch.from_numpy(query_order), chunks, torch.from_numpy(order), docs.shape[1],
-                            torch.from_numpy(exclude), torch.from_numpy(scores[own]))
+                            torch.from_numpy(exclude), torch.from_numpy(scores[own]),
+                            self._for_teacher(pairs[own, 0], docs[own]))
+
+    def _for_teacher(self, queries: np.ndarray, docs: np.ndarray) -> list[Any]:
+        """Query rows [Q] and document rows [Q, N] as pairs, about a chunk at a time."""
+        if self._read_pairs is None:
+            return []
+        each = max(1, self.micro_batch // docs.shape[1])
+        return [self._read_pairs(queries[i:i + each], docs[i:i + each]) for i in range(0, len(queries), each)]
 
     def _documents(self, positions: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Document rows [G, N] and their teacher's scores: the positive, then negatives drawn for this position."""

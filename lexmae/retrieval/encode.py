@@ -23,7 +23,8 @@ from lexmae.data.batches import read_texts
 from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
-from lexmae.retrieval import blocks, vectors
+from lexmae.model.static_queries import StaticQueries, holds_table
+from lexmae.retrieval import blocks, vectors, vocabularies
 
 BLOCK = 4096  # texts per part
 
@@ -62,7 +63,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
                  "split": config.split, "top_k": config.top_k, "precision": name, "block": BLOCK}
         partial = blocks.open_partial(output, state, rank)
         blocks.barrier(world)
-        encoder = SparseEncoder.load(model).to(device).eval()
+        encoder = _load(model, config.side).to(device).eval()
         own = blocks.own(len(table), BLOCK, rank, world)
         start = time.perf_counter()
         done = _encode_blocks(encoder, opened, table, own, partial, config, blocks.PRECISIONS[name], device)
@@ -74,10 +75,17 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         blocks.barrier(world)
 
 
+def _load(model: str | Path, side: str) -> torch.nn.Module:
+    """The encoder of a side: for the queries of a model with static queries, its table alone."""
+    if side == "queries" and holds_table(model):
+        return StaticQueries.load(model)
+    return SparseEncoder.load(model, side=side)
+
+
 def open_inputs(model: str | Path, shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards, str | None]:
     """The texts to encode, their shards, and the fingerprint of a model of ours; refuses what does not fit."""
     table, opened = _open_table(shards, config)
-    return table, opened, _refuse_other_tokenizer(model, opened)
+    return table, opened, _refuse_other_tokenizer(model, opened, config.side)
 
 
 def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards]:
@@ -90,9 +98,10 @@ def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, S
     return opened.queries(config.split), opened
 
 
-def _refuse_other_tokenizer(model: str | Path, shards: Shards) -> str | None:
+def _refuse_other_tokenizer(model: str | Path, shards: Shards, side: str) -> str | None:
     """The fingerprint of a model of ours, whose tokenizer must be that of the shards; None for other models."""
     if not artifact.exists(model):
+        vocabularies.refuse_other_vocabulary(model, shards, side)
         return None
     manifest = artifact.read(model, "model")
     if manifest.extra["tokenizer_hash"] != shards.manifest.extra["tokenizer_hash"]:
@@ -101,7 +110,7 @@ def _refuse_other_tokenizer(model: str | Path, shards: Shards) -> str | None:
 
 
 @torch.inference_mode()
-def _encode_blocks(encoder: SparseEncoder, shards: Shards, table: TokenTable, own: Sequence[int], partial: Path,
+def _encode_blocks(encoder: torch.nn.Module, shards: Shards, table: TokenTable, own: Sequence[int], partial: Path,
                    config: EncodeConfig, dtype: torch.dtype | None, device: torch.device) -> int:
     """Encode the blocks whose part is missing; returns the number of texts encoded."""
     missing = [b for b in own if not (partial / vectors.part_name(0, b)).exists()]
@@ -125,7 +134,7 @@ def _encode_blocks(encoder: SparseEncoder, shards: Shards, table: TokenTable, ow
     return done
 
 
-def _forward(encoder: SparseEncoder, shards: Shards, table: TokenTable, rows: np.ndarray, dtype: torch.dtype | None,
+def _forward(encoder: torch.nn.Module, shards: Shards, table: TokenTable, rows: np.ndarray, dtype: torch.dtype | None,
              device: torch.device) -> np.ndarray:
     """Lexicon vectors float32 [B, V] of the texts in ``rows``."""
     text = read_texts(shards, table, rows).to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lexmae.errors import InputError
+from lexmae.model import card
 from lexmae.retrieval import engines, metrics
 
 
@@ -21,6 +22,12 @@ def evaluation(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
         raise InputError("--collection names its own judgements: leave --qrels out")
     if options.compare and len(options.run or []) != 1:
         raise InputError("--compare goes with one --run; several runs are compared without it")
+    if options.card and (options.sweep or options.collection or len(options.run) != 1):
+        raise InputError("--card goes with one --run")
+    if options.card:
+        card.check(options.card)
+    elif options.data_set:
+        raise InputError("--data-set goes with --card")
     if options.queries and not options.docs:
         raise InputError("--queries goes with --docs")
     if options.per_query and not options.json:
@@ -53,6 +60,8 @@ def _measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", metavar="DIR", help="query vectors, with --docs: also print the FLOPS of the "
                                                          "pair, the mean number of terms that two of them share")
     parser.add_argument("--json", metavar="FILE", help="write the figures, replacing an older file")
+    parser.add_argument("--card", metavar="MODEL", help="add the figures to the model's card, its README.md")
+    parser.add_argument("--data-set", metavar="NAME", help="its name there; the folder of --qrels when not given")
     parser.add_argument("--per-query", action="store_true", help="also write every query's figures, with --json")
 
 

@@ -107,18 +107,23 @@ class RankingModel(nn.Module):
         recompute: keep the vectors of a chunk alone and compute its activations again in the backward pass, so that
             the memory of one chunk is enough for a batch of any size (the effect of GradCache, Gao et al. 2021, in a
             single backward pass).
+        query_encoder: texts → [B, V] of queries; they share ``encoder`` where there is none.
     """
 
-    def __init__(self, encoder: nn.Module, recompute: bool = False):
+    def __init__(self, encoder: nn.Module, recompute: bool = False, query_encoder: nn.Module | None = None):
         super().__init__()
-        self.encoder, self.recompute = encoder, recompute
+        self.encoder, self.recompute, self.query_encoder = encoder, recompute, query_encoder
 
     def forward(self, batch: RankingBatch | TextBatch) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """Vectors of the queries [Q, V] and of the documents [Q·N, V], in the batch's order; of texts alone, [B, V]."""
         if isinstance(batch, TextBatch):
             return self._encode(batch)
-        docs = torch.cat([self._encode(chunk) for chunk in batch.docs])[batch.doc_order]
-        return torch.cat([self._encode(chunk) for chunk in batch.queries])[batch.query_order], docs
+        docs = _InOrder.apply(batch.doc_order, *(self._encode(chunk) for chunk in batch.docs))
+        if self.query_encoder is None:
+            queries = [self._encode(chunk) for chunk in batch.queries]
+        else:
+            queries = [self.query_encoder(**chunk.arguments()) for chunk in batch.queries]
+        return _InOrder.apply(batch.query_order, *queries), docs
 
     def _encode(self, text: TextBatch) -> torch.Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
@@ -127,6 +132,24 @@ class RankingModel(nn.Module):
         # another shape while it is split, and its hooks must see whole forward passes.
         with set_checkpoint_early_stop(False):
             return checkpoint(self.encoder, **text.arguments(), use_reentrant=False, determinism_check="none")
+
+
+class _InOrder(torch.autograd.Function):
+    """``torch.cat(chunks)[order]`` with each row copied once: all vectors of a batch may be gigabytes."""
+
+    @staticmethod
+    def forward(ctx, order: torch.Tensor, *chunks: torch.Tensor) -> torch.Tensor:
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        ctx.places = places.split([len(chunk) for chunk in chunks])  # where the rows of each chunk belong
+        rows = chunks[0].new_empty(len(order), *chunks[0].shape[1:])
+        for where, chunk in zip(ctx.places, chunks, strict=True):
+            rows[where] = chunk
+        return rows
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *(gradient[where] for where in ctx.places)
 
 
 class RankingObjective:
@@ -158,9 +181,10 @@ class RankingObjective:
         config = self.config
         queries, docs = (self.gather(vectors) for vectors in forward(batch))  # [G, V], [G·N, V]
         queries, docs = _largest(queries, config.top_k_queries), _largest(docs, config.top_k_docs)
-        contrastive, accuracy = losses.contrastive(queries, docs, batch.n_docs, batch.exclude, config.temperature)
-        sparsity_d = losses.REGULARISERS[config.regulariser_docs](docs)
-        sparsity_q = losses.REGULARISERS[config.regulariser_queries](queries)
+        scores, means_q, means_d = losses.scores_and_means(queries, docs)  # [G, G·N]
+        contrastive, accuracy = losses.contrastive(scores, batch.n_docs, batch.exclude, config.temperature)
+        sparsity_d = losses.REGULARISERS[config.regulariser_docs](means_d, losses.column_shares(docs))
+        sparsity_q = losses.REGULARISERS[config.regulariser_queries](means_q, losses.column_shares(queries))
         lambda_d, lambda_q = self.lambdas.at(step, total_steps)
         loss = config.contrastive_weight * contrastive + lambda_d * sparsity_d + lambda_q * sparsity_q
         values = {"loss_contrastive": contrastive, f"{config.regulariser_docs}_docs": sparsity_d,
@@ -168,20 +192,20 @@ class RankingObjective:
                   "terms_docs": losses.active_terms(docs), "terms_queries": losses.active_terms(queries),
                   "lambda_docs": loss.new_tensor(lambda_d), "lambda_queries": loss.new_tensor(lambda_q)}
         if config.distillation != "none":
-            values["loss_distillation"] = self._distillation(queries, docs, batch)
+            values["loss_distillation"] = self._distillation(scores, batch)
             loss = loss + config.distillation_weight * values["loss_distillation"]
         if self.lambdas.controllers:
             self.lambdas.observe(step, total_steps, values["terms_docs"].item(), values["terms_queries"].item())
         values["loss"] = loss
         return loss / self.world, {name: value.detach() / self.world for name, value in values.items()}
 
-    def _distillation(self, queries: torch.Tensor, docs: torch.Tensor, batch: RankingBatch) -> torch.Tensor:
+    def _distillation(self, scores: torch.Tensor, batch: RankingBatch) -> torch.Tensor:
         """Distance of each query's own scores from the teacher's, over the global batch."""
-        student = losses.own_scores(queries, docs, batch.n_docs)  # [G, N]
-        teacher = self.gather(self.teacher(batch))
+        student = losses.own_scores(scores, batch.n_docs)  # [G, N]
+        teacher = self.gather(self.teacher(batch).to(student))
         if self.config.distillation == "kl":
-            return losses.kl(student, teacher, self.config.distillation_temperature)
-        return losses.margin_mse(student, teacher)
+            return losses.distribution_gap(student, teacher, self.config.distillation_temperature)
+        return losses.margin_gap(student, teacher)
 
     def state_dict(self) -> dict[str, Any]:
         """What the steering of λ has come to."""

@@ -12,17 +12,20 @@ import torch
 
 from lexmae import artifact, recipe
 from lexmae.cli import say
-from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe
+from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, RerankRecipe
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
+from lexmae.model import card, reranker
 from lexmae.model.encoder import save_masked_lm
-from lexmae.train import hardware, parts, probe, schedules
+from lexmae.model.static_queries import save_table
+from lexmae.train import hardware, parts, probe, rerank, schedules
 from lexmae.train.hardware import Hardware
 
 _WHERE_ONLY = ("output", "deepspeed", "logging", "probe")  # may change between a run and its continuation
 
 
-def check(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None, world: int | None = None) -> Hardware:
+def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | None = None,
+          world: int | None = None) -> Hardware:
     """Refuse what cannot work, before any process group, model or output exists.
 
     Raises:
@@ -31,19 +34,23 @@ def check(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None, wo
     """
     path = hardware.find(config.deepspeed)
     spread = hardware.compose(path, config.optimization, world or hardware.world_size(),
-                              accumulate=isinstance(config, PretrainRecipe))
+                              accumulate=hardware.accumulates(config))
     hardware.refuse_precision(spread, torch.cuda.is_available(), path)
     shards = Shards.open(config.data)
-    if isinstance(config, FinetuneRecipe):
+    if isinstance(config, (FinetuneRecipe, RerankRecipe)):
         if config.split not in shards.splits:
             raise InputError(f"has no queries of the split '{config.split}'; it has {', '.join(shards.splits)}",
                              config.data)
         for source in config.negatives.lists:
             if not Path(source.path).is_file():
                 raise InputError("no such file of negatives", source.path)
-    if config.probe.every:
+    if isinstance(config, FinetuneRecipe) and config.loss.teacher:
+        rerank.check_teacher(config.loss.teacher, shards)
+    if isinstance(config, RerankRecipe):
+        rerank.check(config, shards)
+    elif config.probe.every:
         probe.check(config.probe, shards)
-    _check_init(config.model, shards)
+    _check_init(config.model, shards, ("model", reranker.KIND) if isinstance(config, RerankRecipe) else ("model",))
     output = Path(config.output)
     if not resume and artifact.exists(output / "model"):
         raise InputError("holds a finished model already; choose another output", output)
@@ -52,16 +59,18 @@ def check(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None, wo
     return spread
 
 
-def _check_init(model: ModelConfig, shards: Shards) -> None:
-    """A model of ours must have been made with the tokenizer of the shards."""
+def _check_init(model: ModelConfig, shards: Shards, kinds: tuple[str, ...]) -> None:
+    """A model of ours must be of one of these kinds, and made with the tokenizer of the shards."""
     if model.init == "scratch" or not artifact.exists(model.init):
         return
-    made_with = artifact.read(model.init, "model").extra["tokenizer_hash"]
-    if made_with != shards.manifest.extra["tokenizer_hash"]:
+    manifest = artifact.read(model.init)
+    if manifest.kind not in kinds:
+        artifact.read(model.init, kinds[0])  # which says so
+    if manifest.extra["tokenizer_hash"] != shards.manifest.extra["tokenizer_hash"]:
         raise InputError(f"was trained with another tokenizer than that of {shards.manifest.path}", model.init)
 
 
-def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> None:
+def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | None = None) -> None:
     """Train as the recipe says and write ``output/model``; every rank calls it.
 
     Args:
@@ -83,7 +92,8 @@ def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> N
         engine.on_rank_zero(lambda: _open_output(output, config))
         shards = Shards.open(config.data)
         torch.manual_seed(config.optimization.seed)
-        lm = parts.build_lm(config.model, shards)
+        reranking = isinstance(config, RerankRecipe)
+        lm = rerank.build_scorer(config, shards) if reranking else parts.build_lm(config.model, shards)
         rank = torch.distributed.get_rank()
         model, objective, data = parts.build(config, lm, shards, parts.Place(spread, rank, engine.gather,
                                                                              engine.on_rank_zero))
@@ -93,9 +103,10 @@ def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> N
         _announce(config, spread, model, total, data.size, run_engine.world)
         start, state = checkpoint.load(run_engine, chosen) if chosen else (0, {})
         objective.load_state_dict(state)
-        export = functools.partial(_export, run_engine, engine.on_rank_zero, lm, config, shards)
+        export = functools.partial(_export, run_engine, engine.on_rank_zero, lm, getattr(model, "query_encoder", None),
+                                   config, shards)
         probing = {}
-        if config.probe.every:
+        if not reranking and config.probe.every:
             probing["probe"] = _probe(config, shards, objective, run_engine, engine, total, bool(chosen), export)
         loop.train(loop.Run(run_engine, objective, data, config.optimization, config.logging, total, output, learned,
                             **probing), start)
@@ -146,30 +157,54 @@ def _announce(config: Any, spread: Hardware, model: torch.nn.Module, total: int,
         f"accumulation {spread.accumulation}")
 
 
-def _export(run_engine: Any, on_rank_zero: Callable, lm: Any, config: Any, shards: Shards, name: str, step: int,
-            **facts: Any) -> None:
+def _export(run_engine: Any, on_rank_zero: Callable, lm: Any, queries: Any, config: Any, shards: Shards, name: str,
+            step: int, **facts: Any) -> None:
     """Write ``output/NAME``, the model after ``step`` steps, from the weights of all ranks; every rank calls it.
 
     Args:
         facts: more for its manifest.
     """
     state = run_engine.full_state(lm)
-    on_rank_zero(lambda: _write_model(Path(config.output) / name, lm, state, config, shards, step, facts))
+    table = None if queries is None else run_engine.full_state(queries)
+    on_rank_zero(lambda: _write_model(Path(config.output) / name, lm, state, table, config, shards, step, facts))
 
 
-def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], config: Any, shards: Shards, step: int,
-                 facts: dict[str, Any]) -> None:
-    """A model in Hugging Face layout from the gathered float32 weights; a better best one replaces that before it."""
+def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], table: dict[str, torch.Tensor] | None,
+                 config: Any, shards: Shards, step: int, facts: dict[str, Any]) -> None:
+    """A model in Hugging Face layout from the gathered float32 weights; a better best one replaces that before it.
+
+    Args:
+        table: the weights of static queries.
+    """
     extra = shards.manifest.extra
     inputs = {"shards": config.data}
     if config.model.init != "scratch":
         inputs["init"] = config.model.init
-    if isinstance(config, FinetuneRecipe):
+    if isinstance(config, (FinetuneRecipe, RerankRecipe)):
         inputs |= {f"negatives{i or ''}": source.path for i, source in enumerate(config.negatives.lists)}
-    with artifact.create(target, "model", inputs=inputs, config=recipe.to_dict(config),
+    reranking = isinstance(config, RerankRecipe)
+    with artifact.create(target, reranker.KIND if reranking else "model", inputs=inputs, config=recipe.to_dict(config),
                          overwrite=target.name == "best") as draft:
-        save_masked_lm(lm, draft.path, shards.tokenizer_dir, state)
+        if reranking:
+            facts = {**facts, **rerank.save(lm, draft.path, shards, state, config)}
+        else:
+            save_masked_lm(lm, draft.path, shards.tokenizer_dir, state)
+        if table is not None:
+            draft.extra["queries"] = "static"
+            if not save_table(draft.path, table["raw"], shards.tokenizer_dir, extra["query_length"]):
+                say("sentence-transformers cannot load this model: its vocabulary is larger than the tokenizer's")
         draft.counts.update(steps=step, weights=sum(t.numel() for t in state.values()))
         draft.extra.update({key: extra[key] for key in ("tokenizer_hash", "vocab_size", "max_length", "query_length")})
         draft.extra.update(facts)
+        if not reranking:
+            (draft.path / card.NAME).write_text(_card(config, shards, draft), encoding="utf-8")
     say(f"wrote {target}")
+
+
+def _card(config: Any, shards: Shards, draft: artifact.Draft) -> str:
+    """The model card of a run, from its recipe, its data and its log."""
+    output, steps = Path(config.output), draft.counts["steps"]
+    stage = "finetune" if isinstance(config, FinetuneRecipe) else "pretrain"
+    return card.render(card.Facts(output.resolve().name, stage, recipe.dump(config), recipe.to_dict(config),
+                                  shards.manifest, steps, draft.counts["weights"],
+                                  card.last_figures(output / "log.jsonl", steps), card.base_model(config.model.init)))
