@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +13,7 @@ import torch
 from lexmae import artifact
 from lexmae.errors import InputError
 from lexmae.model.dense import DenseEncoder
-from lexmae.retrieval import dense, encode, encode_dense
+from lexmae.retrieval import blocks, dense, encode, encode_dense
 from lexmae.retrieval.dense import DenseVectors
 from lexmae.retrieval.encode import EncodeConfig
 from lexmae.retrieval.vectors import SparseVectors
@@ -124,3 +128,26 @@ def test_what_is_damaged_is_refused(tmp_path, damage, reason):
     with pytest.raises(InputError, match=reason) as error:
         DenseVectors.open(tmp_path / "v")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("world", [2, 4])  # of four ranks one has nothing to do
+def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, monkeypatch, world):
+    encode_dense.encode(model_dir, shards_dir, tmp_path / "whole", DOCS, "bottleneck")
+    local, barrier = threading.local(), threading.Barrier(world)
+
+    @contextlib.contextmanager
+    def ranks():
+        yield local.rank, world, torch.device("cpu")
+
+    monkeypatch.setattr(blocks, "ranks", ranks)
+    monkeypatch.setattr(blocks, "barrier", lambda _: barrier.wait(60))
+    encoder = DenseEncoder.load(model_dir)  # transformers cannot load in several threads at once
+    monkeypatch.setattr(DenseEncoder, "load", lambda *_: encoder)
+
+    def work(rank: int) -> None:
+        local.rank = rank
+        encode_dense.encode(model_dir, shards_dir, tmp_path / "v", DOCS, "bottleneck")
+
+    with ThreadPoolExecutor(world) as pool:
+        list(pool.map(work, range(world)))
+    assert artifact.read(tmp_path / "v").fingerprint == artifact.read(tmp_path / "whole").fingerprint

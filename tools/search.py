@@ -4,6 +4,7 @@
   python tools/search.py --index index --queries vectors/dev --hits 1000 --output run.trec
   python tools/search.py --index index --queries vectors/dev --hits 100 --max-passage --output run.trec
   python tools/search.py --fuse sparse.trec dense.trec --fusion rrf --output hybrid.trec
+What another program printed while it searched (Anserini) is kept beside the run, as OUTPUT.log.
 """
 
 from __future__ import annotations
