@@ -138,7 +138,8 @@ def speeds(peers: dict[str, Peer], queries: SparseVectors, k: int, rounds: int, 
 
 def check(peers: dict[str, Peer], docs: SparseVectors, queries: SparseVectors, k: int, results: dict) -> None:
     """Recall of each engine, and hits with a wrong score, against the product with the whole matrix."""
-    truth = [np.asarray(docs.to_scipy() @ row) for row in queries.to_scipy().toarray()]
+    matrix = docs.to_scipy()
+    truth = [np.asarray(matrix @ row) for row in queries.to_scipy().toarray()]
     for name, peer in peers.items():
         reached, wrong, wanted = 0, 0, 0
         for true, (rows, scores) in zip(truth, peer.search(queries, k), strict=True):
