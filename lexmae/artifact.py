@@ -59,6 +59,17 @@ class Manifest:
     files: Mapping[str, str]
     fingerprint: str
 
+    def fact(self, name: str, kind: type, section: str = "extra") -> Any:
+        """One of the facts of ``extra`` (or ``counts``), checked to be of a type.
+
+        Raises:
+            InputError: the manifest does not have it, or it is of another type.
+        """
+        value = getattr(self, section).get(name)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise InputError(f"{section}: '{name}' is missing or not of the type {kind.__name__}", self.path / MANIFEST)
+        return value
+
 
 def partial_path(path: str | Path) -> Path:
     """Where the artifact ``path`` is built before it gets its name."""
@@ -145,8 +156,9 @@ def read(path: str | Path, kind: str | None = None) -> Manifest:
         record = json.loads(file.read_text(encoding="utf-8"))
         manifest = Manifest(path, record["kind"], record["counts"], record["config"], record["inputs"],
                             record["extra"], record["files"], record["fingerprint"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"not a manifest: {error}", file) from error
+    _check_types(manifest, file)
     if record.get("format") != FORMAT:
         raise InputError(f"has format {record.get('format')}, this version reads format {FORMAT}", file)
     if kind is not None and manifest.kind != kind:
@@ -158,11 +170,23 @@ def verify(path: str | Path) -> None:
     """Recompute every checksum of the artifact; InputError names the first file that differs or is missing."""
     manifest = read(path)
     for name, expected in manifest.files.items():
-        file = manifest.path / name
+        file = inside(manifest.path, name)
         if not file.is_file():
             raise InputError("is listed in the manifest but missing", file)
         if checksum(file) != expected:
             raise InputError("does not have the checksum that the manifest gives; it was changed or damaged", file)
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """The path of ``name`` in ``folder``, for a name that a manifest or another file gives.
+
+    Raises:
+        InputError: it is absolute, leads out of the folder, or is no name of a file.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if "" in parts or "." in parts or ".." in parts or any(ord(letter) < 32 for letter in name):
+        raise InputError(f"the name {name!r} does not stay inside this folder", folder)
+    return Path(folder) / name
 
 
 @contextlib.contextmanager
@@ -194,6 +218,19 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def _check_types(manifest: Manifest, file: Path) -> None:
+    for name in ("counts", "config", "inputs", "extra", "files"):
+        if not isinstance(getattr(manifest, name), Mapping):
+            raise InputError(f"not a manifest: {name} is not an object", file)
+    for name in ("kind", "fingerprint"):
+        if not isinstance(getattr(manifest, name), str):
+            raise InputError(f"not a manifest: {name} is not text", file)
+    for name, digest in manifest.files.items():
+        inside(manifest.path, name)
+        if not isinstance(digest, str):
+            raise InputError(f"not a manifest: the checksum of {name} is not text", file)
 
 
 def _why_absent(path: Path, kind: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -61,9 +62,14 @@ def _leave(code: int) -> NoReturn:
 
 
 def _complain(reason: str) -> None:
-    """The one line; every rank of a run finds the same fault, so rank 0 speaks for all."""
+    """The one line; every rank of a machine finds the same fault, so its first speaks for all.
+
+    On several machines each may have a fault of its own: those without rank 0 say their name.
+    """
     if is_main_rank():
         print(f"error: {reason}", file=sys.stderr)
+    elif os.environ.get("LOCAL_RANK") == "0":
+        print(f"error: on {socket.gethostname()}: {reason}", file=sys.stderr)
 
 
 def is_main_rank() -> bool:

@@ -241,14 +241,28 @@ def test_overwriting_replaces_a_finished_output(model_dir, shards_dir, tmp_path,
 
 @pytest.mark.parametrize("world", [2, 4])  # of four ranks one has nothing to do
 def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, monkeypatch, whole, world):
-    local, barrier = threading.local(), threading.Barrier(world)
+    local, barrier, box = threading.local(), threading.Barrier(world), []
+
+    class Threads(encode.Hosts):
+        def __init__(self, folder):
+            super().__init__(folder)
+            self.leads = local.rank == 0
+
+        def barrier(self):
+            barrier.wait(60)
+
+        def agree(self, value):
+            if local.rank == 0:
+                box[:] = [value]
+            self.barrier()
+            return box[0]
 
     @contextlib.contextmanager
     def ranks():
         yield local.rank, world, torch.device("cpu")
 
     monkeypatch.setattr(encode, "_ranks", ranks)
-    monkeypatch.setattr(encode, "_barrier", lambda _: barrier.wait(60))
+    monkeypatch.setattr(encode, "Hosts", Threads)
     encoder = SparseEncoder.load(model_dir)  # transformers cannot load in several threads at once
     monkeypatch.setattr(encode.SparseEncoder, "load", lambda _: encoder)
 

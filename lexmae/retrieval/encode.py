@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lexmae import artifact
-from lexmae.cli import progress, say
+from lexmae import artifact, lifeline
+from lexmae.cli import is_main_rank, progress, say
 from lexmae.data.batches import read_texts
 from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
+from lexmae.ranks import Hosts, several_hosts, together
 from lexmae.retrieval import vectors
 
 BLOCK = 4096  # texts per part
@@ -61,25 +62,36 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
     Raises:
         InputError: model, shards or split do not exist or do not belong together, or ``output`` exists.
     """
-    output, table, opened = Path(output), *_open_table(shards, config)
-    made_with = _refuse_other_tokenizer(model, opened)
-    artifact.refuse_existing(output, overwrite)
+    output = Path(output)
+    with together():
+        table, opened = _open_table(shards, config)
+        made_with = _refuse_other_tokenizer(model, opened)
+        if is_main_rank() or not several_hosts():
+            artifact.refuse_existing(output, overwrite)
     with _ranks() as (rank, world, device):
+        hosts = Hosts(output.parent)
+        hosts.refuse_difference(shards=opened.manifest.fingerprint, model=made_with or "not one of lexmae's")
         name = _precision(config.precision, device)
         state = {"model": made_with or str(model), "shards": opened.manifest.fingerprint, "side": config.side,
                  "split": config.split, "top_k": config.top_k, "precision": name, "block": BLOCK}
-        partial = _partial(output, state, rank)
-        _barrier(world)
+        partial = _partial(output, state, hosts.leads)
+        hosts.barrier()
+        there = hosts.agree({file.name for file in partial.glob("part-*.arrow")})
         encoder = SparseEncoder.load(model).to(device).eval()
         blocks = [i for i in range(-(-len(table) // BLOCK)) if i % world == rank]
         start = time.perf_counter()
-        done = _encode_blocks(encoder, opened, table, blocks, partial, config, _PRECISIONS[name], device)
+        missing = [b for b in blocks if vectors.part_name(0, b) not in there
+                   and not (partial / vectors.part_name(0, b)).exists()]
+        done = _encode_blocks(encoder, opened, table, blocks, missing, partial, config, _PRECISIONS[name], device)
         seconds = time.perf_counter() - start
-        _barrier(world)
+        hosts.barrier()
+        hosts.collect(partial, [file.name for file in partial.glob("part-*.arrow")])
         if rank == 0:
-            _finish(output, partial, opened, model, shards, state)
+            _finish(output, partial, opened, model, shards, state, len(table))
             say(f"wrote {output}: {len(table)} {config.side}, {done / max(seconds, 1e-9):.0f} texts/s on this rank")
-        _barrier(world)
+        elif hosts.leads:
+            shutil.rmtree(partial)
+        hosts.barrier()
 
 
 def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards]:
@@ -112,16 +124,15 @@ def _ranks() -> Iterator[tuple[int, int, torch.device]]:
         torch.cuda.set_device(device)
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        lifeline.begin()
     try:
         yield rank, world, device
+    except Exception as error:
+        lifeline.blame(error)
     finally:
+        lifeline.end()
         if world > 1:
             torch.distributed.destroy_process_group()
-
-
-def _barrier(world: int) -> None:
-    if world > 1:
-        torch.distributed.barrier()
 
 
 def _precision(name: str, device: torch.device) -> str:
@@ -130,10 +141,10 @@ def _precision(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def _partial(output: Path, state: dict, rank: int) -> Path:
+def _partial(output: Path, state: dict, leads: bool) -> Path:
     """The unfinished artifact to go on with, emptied where it was begun from other inputs or settings."""
     partial = artifact.partial_path(output)
-    if rank == 0:
+    if leads:
         begun = partial / _STATE
         if partial.exists() and (not begun.is_file() or json.loads(begun.read_text(encoding="utf-8")) != state):
             say(f"{partial} was begun from other inputs: starting again")
@@ -147,10 +158,10 @@ def _partial(output: Path, state: dict, rank: int) -> Path:
 
 
 @torch.inference_mode()
-def _encode_blocks(encoder: SparseEncoder, shards: Shards, table: TokenTable, blocks: Sequence[int], partial: Path,
-                   config: EncodeConfig, dtype: torch.dtype | None, device: torch.device) -> int:
+def _encode_blocks(encoder: SparseEncoder, shards: Shards, table: TokenTable, blocks: Sequence[int],
+                   missing: Sequence[int], partial: Path, config: EncodeConfig, dtype: torch.dtype | None,
+                   device: torch.device) -> int:
     """Encode the blocks whose part is missing; returns the number of texts encoded."""
-    missing = [b for b in blocks if not (partial / vectors.part_name(0, b)).exists()]
     if len(missing) < len(blocks):
         say(f"{len(blocks) - len(missing)} of {len(blocks)} parts are there already")
     done = 0
@@ -200,7 +211,12 @@ def _reorder(pieces: list[vectors.Csr], order: np.ndarray) -> vectors.Csr:
     return vectors.Csr(np.concatenate([np.zeros(1, np.int64), ends]), csr.indices[take], csr.weights[take])
 
 
-def _finish(output: Path, partial: Path, shards: Shards, model: str | Path, source: str | Path, state: dict) -> None:
+def _finish(output: Path, partial: Path, shards: Shards, model: str | Path, source: str | Path, state: dict,
+            rows: int) -> None:
+    missing = [b for b in range(-(-rows // BLOCK)) if not (partial / vectors.part_name(0, b)).exists()]
+    if missing:
+        raise InputError(f"{len(missing)} parts are missing, {vectors.part_name(0, missing[0])} first; "
+                         "the same command again makes them", partial)
     vectors.write_vocabulary(partial, shards.vocabulary())
     draft = artifact.Draft(partial)
     vectors.describe(draft, side=state["side"], split=state["split"], top_k=state["top_k"],

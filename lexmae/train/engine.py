@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lexmae import lifeline
 from lexmae.config import OptimizationConfig
+from lexmae.ranks import Hosts
 from lexmae.train.hardware import Hardware
 
 if not torch.cuda.is_available():  # before deepspeed chooses for itself
@@ -49,11 +51,13 @@ def start_processes() -> torch.device:
         # DeepSpeed's shared-memory operator serves inference alone, and would be compiled at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    lifeline.begin()
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def stop_processes() -> None:
     """Leave the group of ranks."""
+    lifeline.end()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -104,14 +108,15 @@ class Engine:
         model: module in float32, equal on all ranks.
         hardware: ZeRO stage, precision, micro-batch.
         optimization: AdamW settings; the learning rate is set at every step.
+        hosts: those of the run, and which see the folder of its checkpoints; one host by default.
     """
 
     def __init__(self, model: torch.nn.Module, hardware: Hardware, optimization: OptimizationConfig,
-                 device: torch.device):
+                 device: torch.device, hosts: Hosts | None = None):
         optimizer = torch.optim.AdamW(
             parameter_groups(model, optimization.weight_decay), lr=optimization.lr,
             betas=(optimization.beta1, optimization.beta2), eps=optimization.epsilon, fused=True)
-        self.hardware, self.device = hardware, device
+        self.hardware, self.device, self.hosts = hardware, device, hosts
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(hardware.config),
                                                   dist_init_required=False)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -194,11 +199,15 @@ def _is_split(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
-def on_rank_zero(action: Callable[[], Any]) -> None:
-    """Run ``action`` on rank 0 while the others wait; an error of it stops every rank."""
+def on_rank_zero(action: Callable[[], Any], hosts: Hosts | None = None) -> None:
+    """Run ``action`` on rank 0 while the others wait; an error of it stops every rank.
+
+    Args:
+        hosts: run it also on the hosts that have a folder of their own, once on each.
+    """
     failed = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
     error: BaseException | None = None
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 if hosts is None else hosts.leads:
         try:
             action()
         except Exception as caught:  # raised again below, once the other ranks know

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from lexmae import artifact, recipe
+from lexmae import artifact, lifeline, recipe
 from lexmae.cli import say
 from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, ProbeConfig
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model.encoder import save_masked_lm
+from lexmae.ranks import Hosts, several_hosts
 from lexmae.train import hardware, parts, probe, schedules
 from lexmae.train.hardware import Hardware
 
@@ -59,34 +60,52 @@ def _check_init(model: ModelConfig, shards: Shards) -> None:
         raise InputError(f"was trained with another tokenizer than that of {shards.manifest.path}", model.init)
 
 
+def ready(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> tuple[Hardware, Path | None]:
+    """``check``, and the checkpoint to continue from, which must fit the recipe.
+
+    Raises:
+        InputError: as ``check``; or the checkpoint does not exist, or is another recipe's.
+    """
+    spread, output = check(config, resume), Path(config.output)
+    if not resume or artifact.exists(output / "model"):
+        return spread, None
+    from lexmae.train import checkpoint
+
+    chosen = checkpoint.choose(output / "checkpoints", resume)
+    if chosen:
+        checkpoint.refuse_mismatch(chosen, _learning(config), spread.world, spread.zero_stage)
+    return spread, chosen
+
+
 def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> None:
     """Train as the recipe says and write ``output/model``; every rank calls it.
 
     Args:
         resume: ``auto`` continues from the newest checkpoint if there is one; a step or a path names one.
     """
-    spread = check(config, resume)
+    spread, chosen = ready(config, resume)
     output = Path(config.output)
-    if artifact.exists(output / "model"):
-        say(f"{output / 'model'} is finished: nothing to do")
-        return
+    if artifact.exists(output / "model") and not several_hosts():
+        return _finished(output)
     from lexmae.train import checkpoint, engine, loop  # deepspeed takes many seconds to import
 
-    chosen = checkpoint.choose(output / "checkpoints", resume) if resume else None
     learned = _learning(config)
-    if chosen:
-        checkpoint.refuse_mismatch(chosen, learned, spread.world, spread.zero_stage)
     device = engine.start_processes()
     try:
+        hosts = Hosts(output)
+        if hosts.agree(artifact.exists(output / "model")):  # a host apart has none in any case
+            return _finished(output)
+        chosen = checkpoint.fetch(hosts, chosen)
         engine.on_rank_zero(lambda: _open_output(output, config))
         shards = Shards.open(config.data)
+        hosts.refuse_difference(recipe=learned, shards=shards.manifest.fingerprint, deepspeed=spread.config)
         torch.manual_seed(config.optimization.seed)
         lm = parts.build_lm(config.model, shards)
         rank = torch.distributed.get_rank()
-        model, objective, data = parts.build(config, lm, shards, parts.Place(spread, rank, engine.gather,
-                                                                             engine.on_rank_zero))
+        model, objective, data = parts.build(config, lm, shards, parts.Place(
+            spread, rank, engine.gather, functools.partial(engine.on_rank_zero, hosts=hosts)))
         torch.manual_seed(config.optimization.seed + 1 + rank)  # dropout differs between ranks, weights do not
-        run_engine = engine.Engine(model, spread, config.optimization, device)
+        run_engine = engine.Engine(model, spread, config.optimization, device, hosts)
         total = schedules.total_steps(config.optimization, data.size)
         _announce(config, spread, model, total, data.size, run_engine.world)
         start = checkpoint.load(run_engine, chosen) if chosen else 0
@@ -97,8 +116,14 @@ def run(config: PretrainRecipe | FinetuneRecipe, resume: str | None = None) -> N
         loop.train(loop.Run(run_engine, objective, data, config.optimization, config.logging, total, output, learned,
                             **probing), start)
         export("model", total)
+    except Exception as error:
+        lifeline.blame(error)
     finally:
         engine.stop_processes()
+
+
+def _finished(output: Path) -> None:
+    say(f"{output / 'model'} is finished: nothing to do")
 
 
 def _probe(config: Any, shards: Shards, objective: Any, run_engine: Any, engine: Any, total: int, resumed: bool,
