@@ -135,7 +135,8 @@ def check(hosts: Mapping[str, int], paths: Sequence[str] = (), *, port: int = 29
     first = next(iter(hosts))
     if first in told:
         free = told[first]["port_free"]
-        yield Finding("ok" if free else "error", first, f"port {port} is {'free' if free else 'in use'} (--master_port)")
+        state = "free" if free else "in use"
+        yield Finding("ok" if free else "error", first, f"port {port} is {state} (--master_port)")
     if measure and len(told) > 1:
         yield from _network(remote, told, python, port)
 
@@ -229,8 +230,8 @@ def _paths(host: str, paths: Mapping[str, Mapping[str, bool]]) -> Iterator[Findi
         if not is_["exists"]:
             yield Finding("error", host, f"{path} does not exist")
         elif not is_["shared"]:
-            yield Finding("warning", host, f"{path} is its own, not shared: inputs must be equal copies; checkpoints are "
-                                           "sent to the first host, which is slow for large models")
+            yield Finding("warning", host, f"{path} is its own, not shared: inputs must be equal copies; checkpoints "
+                                           "are sent to the first host, which is slow for large models")
         elif not is_["writable"]:
             yield Finding("error", host, f"{path} cannot be written")
         else:

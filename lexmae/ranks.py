@@ -8,8 +8,8 @@ inside functions, so that light commands may import this file.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
+import re
 import shutil
 import socket
 import time
@@ -21,7 +21,7 @@ from lexmae import artifact
 from lexmae.errors import InputError
 
 _CHUNK = 1 << 26  # bytes sent at a time
-_MEETING = 300  # seconds that ranks wait for each other before a run
+_MEETING = 300.0  # seconds that ranks wait for each other before a run
 _PATIENCE = 3.0  # seconds: a network file system may show a new file late
 
 
@@ -68,24 +68,69 @@ def together() -> Iterator[None]:
 
 
 def _exchange(value: str) -> list[str]:
-    """Every rank's ``value``, before there is a process group."""
-    import torch.distributed as dist
+    """Every rank's ``value``, before there is a process group, over plain sockets.
 
+    Rank 0 stops listening before it answers: whoever has an answer finds the port free, or the process group's.
+    """
     rank, world = rank_and_world()
-    found = []
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, rank == 0,
-                              datetime.timedelta(seconds=_MEETING), wait_for_workers=False)
-        store.set(f"check/{rank}", value)
-        for other in range(world):
-            found.append(store.get(f"check/{other}").decode())
-        store.set(f"left/{rank}", "")
-        for other in range(world if rank == 0 else 0):  # rank 0 serves the store until all have read it
-            store.get(f"left/{other}")
-    except RuntimeError as error:
-        raise InputError(f"rank {len(found)} of {world} has not come within {_MEETING} s ({host()} is rank {rank}; "
-                         f"{' '.join(str(error).split())[:200]})") from error
-    return found
+        return _receive_all(port, world, value) if rank == 0 else _tell(address, port, rank, value)
+    except OSError as error:
+        raise InputError(f"rank {rank} on {host()} cannot meet the others at {address}, port {port} ({error})"
+                         ) from error
+
+
+def _receive_all(port: int, world: int, value: str) -> list[str]:
+    found, peers = {0: value}, []
+    both = socket.has_dualstack_ipv6()
+    end = time.monotonic() + _MEETING
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=world, dualstack_ipv6=both))
+        while len(found) < world:
+            server.settimeout(max(0.1, end - time.monotonic()))
+            try:
+                peer = stack.enter_context(server.accept()[0])
+            except TimeoutError:
+                absent = ", ".join(str(rank) for rank in range(world) if rank not in found)
+                raise TimeoutError(f"rank {absent} has not come within {_MEETING:.0f} s") from None
+            match = re.fullmatch(rb"lexmae ([0-9]{1,6}) (\w+)\n", _line(peer))
+            if match and 0 < int(match[1]) < world:  # a stranger is not answered
+                found[int(match[1])] = match[2].decode()
+                peers.append(peer)
+        server.close()
+        values = [found[rank] for rank in range(world)]
+        for peer in peers:
+            peer.sendall(" ".join(values).encode() + b"\n")
+        for peer in peers:  # who closes first keeps the port busy for a while: not this side
+            with contextlib.suppress(OSError):
+                peer.recv(1)
+    return values
+
+
+def _line(peer: socket.socket) -> bytes:
+    peer.settimeout(10)
+    try:
+        return peer.makefile("rb").readline(100)
+    except OSError:
+        return b""
+
+
+def _tell(address: str, port: int, rank: int, value: str) -> list[str]:
+    end = time.monotonic() + _MEETING
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                peer = stack.enter_context(socket.create_connection((address, port), timeout=_MEETING))
+                peer.sendall(f"lexmae {rank} {value}\n".encode())
+                answer = stack.enter_context(peer.makefile("rb")).readline()
+                if answer.endswith(b"\n"):
+                    return answer.decode().split()
+            except ConnectionError as error:  # rank 0 is not there yet
+                if time.monotonic() > end:
+                    raise TimeoutError(f"rank 0 has not come within {_MEETING:.0f} s") from error
+        time.sleep(0.2)
 
 
 class Hosts:
