@@ -12,7 +12,14 @@ import yaml
 
 from lexmae import artifact
 from lexmae.cycle import report
-from lexmae.cycle.config import CollectionConfig, EvaluationConfig, PipelineRecipe, PrepareConfig, StageConfig
+from lexmae.cycle.config import (
+    CollectionConfig,
+    EvaluationConfig,
+    PipelineRecipe,
+    PrepareConfig,
+    RerankerConfig,
+    StageConfig,
+)
 from lexmae.cycle.plan import Plan, Step
 from lexmae.cycle.runner import Runner
 from lexmae.errors import InputError
@@ -171,6 +178,70 @@ def test_a_backbone_takes_the_place_of_the_recipes_own(folder):
     assert inits == {"pretrain": "some/backbone", "bare": "some/backbone", "one": "work/pretrain/model",
                      "two": "work/one/model"}
     assert settings(plan(folder, pipeline(ONE, backbone="b", pretrain=None))["one"])["model.init"] == "b"
+
+
+THREE = StageConfig("three", "stage.yaml", negatives="two", mine_depth=30, teacher="reranker")
+
+
+@pytest.fixture
+def reranking(folder) -> Path:
+    """The folder with a recipe of a reranker."""
+    write(folder / "rerank.yaml", optimization={"batch": 8}, max_length=60)
+    return folder
+
+
+def test_a_reranker_is_trained_reranks_and_teaches(reranking):
+    config = RerankerConfig(negatives="one", mine_depth=70, score_depth=25, rerank_depth=40)
+    steps = plan(reranking, pipeline(ONE, TWO, THREE, reranker=config))
+    names = list(steps)
+    assert names[names.index("one-evaluate") + 1:names.index("two")] == [
+        "one-train-encode", "one-train-search", "one-negatives", "reranker", "rerank", "rerank-evaluate"]
+    assert names[names.index("two-evaluate") + 1:names.index("three")] == [
+        "two-train-encode", "two-train-search", "two-negatives", "two-scores"]
+    training = steps["reranker"]
+    assert training.command[0] == "launch/rerank.py" and training.trains and training.resumes
+    assert settings(training) == {"data": "work/shards", "output": "work/reranker", "split": "train",
+                                  "negatives.path": "work/one/negatives.jsonl", "model.init": "work/pretrain/model"}
+    assert option(steps["one-negatives"], "--depth") == "70", "stage two needs 20 of them"
+    rerank = steps["rerank"]
+    assert option(rerank, "--run") == "work/one/run.trec" and option(rerank, "--depth") == "40"
+    assert option(rerank, "--split") == "dev" and option(rerank, "--model") == "work/reranker/model"
+    assert {Path("work/one/run.trec"), Path("work/reranker/model"), Path("work/shards")} == set(rerank.inputs)
+    scores = steps["two-scores"]
+    assert option(scores, "--negatives") == "work/two/negatives.jsonl" and option(scores, "--depth") == "25"
+    assert option(scores, "--split") == "train" and scores.trains and scores.resumes
+    assert settings(steps["three"])["negatives.path"] == option(scores, "--output") == "work/reranker/two.jsonl"
+    assert settings(steps["two"])["negatives.path"] == "work/one/negatives.jsonl"
+
+
+def test_a_reranker_on_negatives_of_bm25(reranking):
+    (reranking / "n.jsonl").write_text("x")
+    taught = [StageConfig("own", "stage.yaml", negatives="n.jsonl", teacher="reranker"),
+              StageConfig("first", "stage.yaml", teacher="reranker"),
+              StageConfig("second", "stage.yaml", teacher="reranker", init="first")]
+    steps = plan(reranking, pipeline(*taught, reranker=RerankerConfig(mine_depth=600, init="backbone")))
+    assert list(steps)[2:8] == ["bm25", "bm25-evaluate", "bm25-negatives", "reranker", "rerank", "rerank-evaluate"]
+    assert option(steps["bm25-negatives"], "--depth") == "600"
+    assert "model.init" not in settings(steps["reranker"])
+    assert settings(steps["own"])["negatives.path"] == "work/reranker/own.jsonl"
+    assert option(steps["own-scores"], "--negatives") == "n.jsonl"
+    for name in ("first", "second"):
+        assert settings(steps[name])["negatives.path"] == "work/reranker/bm25.jsonl"
+    assert list(steps).count("bm25-scores") == 1
+    started = plan(reranking, pipeline(reranker=RerankerConfig(init="backbone"), backbone="b"))
+    assert settings(started["reranker"])["model.init"] == "b"
+
+
+@pytest.mark.parametrize("stages, reranker, reason", [
+    ((THREE,), None, "three has a teacher that is not there yet"),
+    ((ONE, StageConfig("early", "stage.yaml", teacher="reranker"), TWO), RerankerConfig(negatives="two"), "early has"),
+    ((ONE,), RerankerConfig(negatives="two"), "'two' is neither bm25 nor a stage"),
+    ((ONE, TWO), RerankerConfig(negatives="one", init="two"), "starts from 'two', which is not an earlier step"),
+    ((StageConfig("reranker", "stage.yaml"),), None, "the name 'reranker' is taken"),
+])
+def test_a_reranker_that_comes_too_late_is_refused(stages, reranker, reason):
+    with pytest.raises(InputError, match=reason):
+        pipeline(*stages, reranker=reranker)
 
 
 def test_another_hardware_configuration(folder):
@@ -418,6 +489,23 @@ def test_the_table(figures):
     written = json.loads((work / "results.json").read_text())
     assert written["seconds"] == {"prepare": 1.5} and written["results"]["one"]["index_bytes"] == 3_400_000
     assert written["results"]["BM25"]["MRR@10"] == 0.25 and "python" in written["versions"]
+
+
+@pytest.mark.parametrize("source", ["bm25", "one"])
+def test_the_row_of_the_reranked_run(figures, source):
+    """Two steps that do 99.5 and 10 queries/s one after the other do 1 / (1 / 99.5 + 1 / 10) = 9.1."""
+    work = Path(figures.work)
+    write_json(work / "reranker" / "metrics.json", {"means": dict.fromkeys(report.MEASURES, 0.75)})
+    write_json(work / "reranker" / "run.json", {"queries_per_second": 10.0})
+    lines = report.table(report.collect(dataclasses.replace(
+        figures, reranker=RerankerConfig(negatives=source)))).splitlines()
+    rates = {"bm25": "10", "one": "9"}  # 1234.6 and 10: 9.92
+    sizes = {"bm25": "2.0", "one": "3.4"}
+    cells = [cell.strip() for cell in lines[{"bm25": 3, "one": 4}[source]].strip("|").split("|")]
+    assert cells == ["rerank", *["0.7500"] * 4, "–", "–", sizes[source], rates[source]] and len(lines) == 5
+    write_json(work / "reranker" / "run.json", {"queries_per_second": None})
+    text = report.table(report.collect(dataclasses.replace(figures, reranker=RerankerConfig(negatives=source))))
+    assert next(line for line in text.splitlines() if "rerank" in line).endswith(" – |")
 
 
 def test_further_splits_and_collections_have_tables_of_their_own(figures):

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_model
+from threads import thread_hosts
 
 from lexmae import artifact
 from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
-from lexmae.retrieval import encode, vectors
+from lexmae.retrieval import blocks, encode, vectors
 from lexmae.retrieval.encode import EncodeConfig
 from lexmae.retrieval.vectors import SparseVectors
 
@@ -104,10 +105,10 @@ def test_the_size_of_batches_changes_nothing(model_dir, shards_dir, expected, tm
 
 def test_batches_hold_every_text_once_and_fit(tiny_shards):
     lengths = tiny_shards.docs.lengths
-    batches = list(encode._by_length(lengths, 100))
+    batches = list(blocks.by_length(lengths, 100))
     assert sorted(np.concatenate(batches).tolist()) == list(range(41))
     assert all(len(b) * lengths[b].max() <= 100 for b in batches)
-    assert [len(b) for b in encode._by_length(np.array([7, 9]), 1)] == [1, 1]
+    assert [len(b) for b in blocks.by_length(np.array([7, 9]), 1)] == [1, 1]
 
 
 # --------------------------------------------------------------------------------------------------- stopping
@@ -199,7 +200,7 @@ def test_what_was_begun_otherwise_is_discarded(model_dir, shards_dir, tmp_path, 
     elif change == "block":
         monkeypatch.setattr(encode, "BLOCK", 7)
     else:
-        (partial / "encode.json").unlink()
+        (partial / "begun.json").unlink()
     encode.encode(model, shards_dir, tmp_path / "v", config)
     encode.encode(model, shards_dir, tmp_path / "fresh", config)
     assert content(tmp_path / "v") == content(tmp_path / "fresh")
@@ -241,28 +242,14 @@ def test_overwriting_replaces_a_finished_output(model_dir, shards_dir, tmp_path,
 
 @pytest.mark.parametrize("world", [2, 4])  # of four ranks one has nothing to do
 def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, monkeypatch, whole, world):
-    local, barrier, box = threading.local(), threading.Barrier(world), []
-
-    class Threads(encode.Hosts):
-        def __init__(self, folder):
-            super().__init__(folder)
-            self.leads = local.rank == 0
-
-        def barrier(self):
-            barrier.wait(60)
-
-        def agree(self, value):
-            if local.rank == 0:
-                box[:] = [value]
-            self.barrier()
-            return box[0]
+    local, barrier = threading.local(), threading.Barrier(world)
 
     @contextlib.contextmanager
     def ranks():
         yield local.rank, world, torch.device("cpu")
 
-    monkeypatch.setattr(encode, "_ranks", ranks)
-    monkeypatch.setattr(encode, "Hosts", Threads)
+    monkeypatch.setattr(blocks, "ranks", ranks)
+    monkeypatch.setattr(blocks, "Hosts", thread_hosts(local, barrier))
     encoder = SparseEncoder.load(model_dir)  # transformers cannot load in several threads at once
     monkeypatch.setattr(encode.SparseEncoder, "load", lambda _: encoder)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,19 @@ def disturbed(command: list[str], output: Path, duration: float, seed: int) -> i
     if not output.exists():
         run(command)
     artifact.verify(output)
+    return kills
+
+
+def disturbed_file(command: Callable[[Path], list[str]], folder: Path, seed: int) -> int:
+    """Run a command that writes a file with and without kills, and compare; the number of kills."""
+    duration = timed(command(folder / "undisturbed"))
+    moments, output, kills = random.Random(seed), folder / "disturbed", 0
+    while kills < KILLS and not output.exists():
+        kills += killed(command(output), moments.uniform(0.5, 0.98) * duration)
+    if not output.exists():
+        run(command(output))
+    assert output.read_bytes() == (folder / "undisturbed").read_bytes()
+    assert not artifact.partial_path(output).exists()
     return kills
 
 

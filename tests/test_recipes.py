@@ -28,6 +28,8 @@ def kind(path: Path) -> type:
     keys = yaml.safe_load(path.read_text(encoding="utf-8")).keys()
     if "work" in keys:
         return p.PipelineRecipe
+    if "max_length" in keys:
+        return c.RerankRecipe
     return c.FinetuneRecipe if {"negatives", "loss"} & keys else c.PretrainRecipe
 
 
@@ -46,10 +48,11 @@ def test_there_are_recipes_and_configurations():
 @pytest.mark.parametrize("path", TRAINING, ids=label)
 def test_every_recipe_runs_on_every_machine(path):
     config = recipe.load(path, kind(path))
-    pretraining = kind(path) is c.PretrainRecipe
+    accumulate = hardware.accumulates(config)
+    assert accumulate == (kind(path) is not c.FinetuneRecipe)
     for world in WORLDS:
         for file in HARDWARE:
-            found = hardware.compose(file, config.optimization, world, accumulate=pretraining)
+            found = hardware.compose(file, config.optimization, world, accumulate=accumulate)
             composed = found.config
             batch = composed["train_micro_batch_size_per_gpu"] * composed["gradient_accumulation_steps"] * world
             assert batch == composed["train_batch_size"] == config.optimization.batch
@@ -132,6 +135,17 @@ def test_the_papers_recipes_are_the_papers():
         assert found.optimization == c.FinetuneRecipe("d", "o").optimization
         assert (found.negatives.per_query, found.negatives.depth) == (15, depth)
         assert (found.loss.lambda_docs, found.loss.query_weight) == (lambda_docs, pytest.approx(0.75 * lambda_docs))
+    third = recipe.load(ROOT / "recipes/msmarco/stage3.yaml", c.FinetuneRecipe)
+    expected = c.FinetuneRecipe("d", "o").optimization
+    assert dataclasses.replace(third.optimization, micro_batch=None) == dataclasses.replace(expected, batch=16)
+    assert (third.negatives.per_query, third.negatives.depth) == (23, 1000)
+    assert third.negatives.path == "runs/msmarco/reranker/stage2.jsonl"
+    assert third.loss == c.LossConfig(lambda_docs=0.008, contrastive_weight=0.2, distillation="kl")
+    rerank = recipe.load(ROOT / "recipes/msmarco/rerank.yaml", c.RerankRecipe)
+    own = c.RerankRecipe("d", "o")
+    assert (rerank.max_length, rerank.negatives.per_query, rerank.negatives.depth) == (
+        own.max_length, own.negatives.per_query, own.negatives.depth)
+    assert dataclasses.replace(rerank.optimization, micro_batch=None) == own.optimization
     stages = recipe.load(ROOT / "recipes/msmarco/pipeline.yaml", p.PipelineRecipe).stages
     assert [stage.init for stage in stages] == ["pretrain"] * len(stages)
 
@@ -163,20 +177,27 @@ def fields(kind: type, prefix: str = "") -> dict[str, tuple]:
             found |= fields(hints[item.name], f"{prefix}{item.name}.")
             continue
         if inner:
-            found |= fields(inner, f"{prefix}{item.name}.*.")
+            listed = typing.get_origin(hints[item.name]) is tuple
+            found |= fields(inner, f"{prefix}{item.name}.{'*.' if listed else ''}")
         found[prefix + item.name] = () if item.default is dataclasses.MISSING else (item.default,)
     return found
 
 
+def all_fields() -> dict[str, tuple]:
+    """The keys of every kind of recipe; a default that two kinds have is fine-tuning's."""
+    kinds = (c.RerankRecipe, c.PretrainRecipe, c.FinetuneRecipe, p.PipelineRecipe)
+    return {key: default for kind in kinds for key, default in fields(kind).items()}
+
+
 def test_every_key_is_documented_and_no_other():
-    known = fields(c.PretrainRecipe) | fields(c.FinetuneRecipe) | fields(p.PipelineRecipe)
+    known = all_fields()
     written = {key for key in documented() if not key.endswith(".*") and not key.endswith(".yaml")}
     assert written == set(known)
 
 
 def test_documented_defaults_are_true():
     table = documented()
-    known = fields(c.PretrainRecipe) | fields(c.FinetuneRecipe) | fields(p.PipelineRecipe)
+    known = all_fields()
     compared = 0
     for key, default in known.items():
         cell = re.findall(r"`([^`]*)`", table[key])
@@ -190,6 +211,18 @@ def test_documented_defaults_are_true():
     for name in ("lr", "batch", "epochs", "clip"):
         first, second = re.findall(r"`([^`]*)`", table[f"optimization.{name}"])
         assert float(first) == getattr(c.OptimizationConfig(), name) and float(second) == getattr(own, name)
+
+
+def test_the_rerankers_own_defaults_are_true():
+    text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    written = dict(re.findall(r"`(\w+\.\w+)` is `([^`]+)`", text.partition("## Reranking")[2].partition("\n## ")[0]))
+    own = c.RerankRecipe("d", "o")
+    differing = {}
+    for section in ("negatives", "optimization", "logging"):
+        mine, usual = getattr(own, section), getattr(c.FinetuneRecipe("d", "o"), section)
+        differing |= {f"{section}.{item.name}": getattr(mine, item.name) for item in dataclasses.fields(mine)
+                      if getattr(mine, item.name) != getattr(usual, item.name)}
+    assert {key: float(value) for key, value in written.items()} == differing
 
 
 def test_configurations_of_deepspeed_are_plain_json():

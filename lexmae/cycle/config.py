@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lexmae.config import require
 
 ENGINES = ("exact", "anserini")
+RERANKER = "reranker"
 
 
 def _require_name(name: str) -> None:
@@ -46,6 +47,7 @@ class StageConfig:
             pre-training.
         negatives: ``bm25``, the name of an earlier stage, or a file of negatives.
         mine_depth: depth of the list of negatives that is mined for it.
+        teacher: ``reranker``: its negatives carry the scores of the pipeline's cross-encoder.
     """
 
     name: str
@@ -53,10 +55,37 @@ class StageConfig:
     init: str = "pretrain"
     negatives: str = "bm25"
     mine_depth: int = 512
+    teacher: str | None = None
 
     def __post_init__(self):
         _require_name(self.name)
         require(self.mine_depth >= 1, "mine_depth: at least 1 is needed")
+        require(self.teacher in (None, RERANKER), f"teacher: '{RERANKER}', or none")
+
+
+@dataclass(frozen=True)
+class RerankerConfig:
+    """The cross-encoder of a pipeline.
+
+    Attributes:
+        recipe: recipe file, relative to the pipeline's.
+        init: as of a stage.
+        negatives: ``bm25`` or the name of a stage, behind which it is trained and whose run it reranks.
+        mine_depth: depth of the list of negatives that is mined for it.
+        score_depth: how many negatives of each query are scored for a stage that it teaches.
+        rerank_depth: how many documents of each query of the evaluation are reranked.
+    """
+
+    recipe: str = "rerank.yaml"
+    init: str = "pretrain"
+    negatives: str = "bm25"
+    mine_depth: int = 200
+    score_depth: int = 200
+    rerank_depth: int = 200
+
+    def __post_init__(self):
+        for name in ("mine_depth", "score_depth", "rerank_depth"):
+            require(getattr(self, name) >= 1, f"{name}: at least 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -124,6 +153,7 @@ class PipelineRecipe:
         backbone: hub name or folder that takes the place of ``model.init`` in the recipes that start from no earlier
             step, and of ``prepare.tokenizer`` where that is not given.
         pretrain: recipe of pre-training, none without it.
+        reranker: the cross-encoder, none without it.
         builtin_passages: most passages of the built-in corpus.
     """
 
@@ -133,6 +163,7 @@ class PipelineRecipe:
     backbone: str | None = None
     pretrain: str | None = "pretrain.yaml"
     stages: tuple[StageConfig, ...] = ()
+    reranker: RerankerConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     builtin_passages: int | None = None
 
@@ -140,9 +171,26 @@ class PipelineRecipe:
         require(self.prepare.tokenizer or self.prepare.train_tokenizer or self.backbone,
                 "prepare: tokenizer or train_tokenizer is needed, or a backbone that brings its own")
         known = {"pretrain", "backbone"}  # without pre-training, it stands for the stage recipe's own weights
+        trained = self._check_reranker(known)
         for stage in self.stages:
-            taken = known | {"bm25", "corpus", "shards", "zero-shot"}
+            taken = known | {"bm25", "corpus", "shards", "zero-shot", RERANKER, "rerank"}
             require(stage.name not in taken, f"stages: the name '{stage.name}' is taken")
             require(stage.init in known,
                         f"stages: {stage.name} starts from '{stage.init}', which is not an earlier step")
+            require(stage.teacher is None or trained,
+                    f"stages: {stage.name} has a teacher that is not there yet: the reranker is trained behind "
+                    f"'{self.reranker.negatives if self.reranker else 'nothing'}'")
             known.add(stage.name)
+            trained = trained or (self.reranker is not None and self.reranker.negatives == stage.name)
+
+    def _check_reranker(self, known: set[str]) -> bool:
+        """Refuse one that is trained or starts from nothing; whether it is trained before the first stage."""
+        if self.reranker is None:
+            return False
+        names = [stage.name for stage in self.stages]
+        source, init = self.reranker.negatives, self.reranker.init
+        require(source == "bm25" or source in names, f"reranker: negatives '{source}' is neither bm25 nor a stage")
+        earlier = names[:names.index(source) + 1] if source in names else []
+        require(init in known or init in earlier,
+                f"reranker: it starts from '{init}', which is not an earlier step")
+        return source == "bm25"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lexmae import artifact, recipe
-from lexmae.config import FinetuneRecipe, PretrainRecipe
-from lexmae.cycle.config import PipelineRecipe, StageConfig
+from lexmae.config import FinetuneRecipe, PretrainRecipe, RerankRecipe
+from lexmae.cycle.config import RERANKER, PipelineRecipe, RerankerConfig, StageConfig
 from lexmae.errors import InputError
 from lexmae.train import hardware
 
@@ -99,9 +99,12 @@ class Plan:
         if config.pretrain:
             backbone = {"model.init": config.backbone} if config.backbone else {}
             self._add_training("pretrain", "launch/pretrain.py", folder / config.pretrain, PretrainRecipe, backbone, [])
+        self._mined: list[StageConfig | RerankerConfig] = [*config.stages, *filter(None, [config.reranker])]
         self._add_bm25()
+        self._add_reranker("bm25")
         for stage in config.stages:
             self._add_stage(stage)
+            self._add_reranker(stage.name)
 
     def qrels(self, split: str) -> Path:
         """Judgements of a split, as the shards keep them."""
@@ -166,10 +169,10 @@ class Plan:
         learning = {k: v for k, v in recipe.to_dict(config).items() if k not in ("logging", "deepspeed", "probe")}
         return self._add(name, command, output / "model", [self.shards, *inputs], learning, trains=True, resumes=True)
 
-    def _check_hardware(self, config: PretrainRecipe | FinetuneRecipe) -> None:
+    def _check_hardware(self, config: PretrainRecipe | FinetuneRecipe | RerankRecipe) -> None:
         """Refuse an unknown, contradictory or impossible ds_config before the first step."""
         path = hardware.find(self.deepspeed_config or config.deepspeed)
-        spread = hardware.compose(path, config.optimization, self.ranks, accumulate=isinstance(config, PretrainRecipe))
+        spread = hardware.compose(path, config.optimization, self.ranks, accumulate=hardware.accumulates(config))
         hardware.refuse_precision(spread, self.has_gpu, path)
 
     def _add_bm25(self) -> None:
@@ -181,7 +184,7 @@ class Plan:
                 "--run-output", str(run), "--json", str(run.with_name(f"bm25{target.file}.json"))],
                 run, [target.text, target.shards])
             self._add_evaluation("bm25", run, target)
-        depths = [stage.mine_depth for stage in self.config.stages if stage.negatives == "bm25"]
+        depths = [user.mine_depth for user in self._mined if user.negatives == "bm25"]
         if depths:
             split = evaluation.train_split
             self._add("bm25-negatives", [
@@ -195,18 +198,18 @@ class Plan:
             "tools/evaluate.py", "--run", str(run), "--qrels", str(target.qrels), "--json", str(output)], output,
             [run, target.shards])
 
-    def _negatives(self, stage: StageConfig) -> Path:
-        """The file of negatives of a stage, mined with an earlier stage's model where it names one."""
-        if stage.negatives == "bm25":
+    def _negatives(self, source: str, user: str) -> Path:
+        """The file of negatives of a stage or the reranker, mined with an earlier stage's model where it names one."""
+        if source == "bm25":
             return self.work / "bm25" / "negatives.jsonl"
-        if stage.negatives not in self._stages_done:
-            path = Path(stage.negatives)
+        if source not in self._stages_done:
+            path = Path(source)
             if not path.is_file():
-                raise InputError(f"no such file, and no earlier stage of that name (stage {stage.name})", path)
+                raise InputError(f"no such file, and no earlier stage of that name (stage {user})", path)
             return path
-        source, split = stage.negatives, self.config.evaluation.train_split
+        split = self.config.evaluation.train_split
         name, folder = f"{source}-{split}", self.work / source
-        depth = max(other.mine_depth for other in self.config.stages if other.negatives == source)
+        depth = max(other.mine_depth for other in self._mined if other.negatives == source)
         training = Target(split, "", self.corpus, self.shards, split)
         vectors = self._add_encode(f"{name}-encode", source, "queries", training)
         passages = self.config.prepare.split_documents  # the hard ones are passages, not documents
@@ -223,14 +226,49 @@ class Plan:
             return self.config.backbone
         return str(self.work / name / "model")
 
-    def _add_stage(self, stage: StageConfig) -> None:
-        negatives = self._negatives(stage)
+    def _add_ranking(self, name: str, script: str, kind: type, user: StageConfig | RerankerConfig,
+                     negatives: Path) -> Path:
+        """Training on judgements and negatives."""
         overrides = {"negatives.path": str(negatives), "split": self.config.evaluation.train_split}
-        init = self._init(stage.init)
+        init = self._init(user.init)
         if init:
             overrides["model.init"] = init
-        self._add_training(stage.name, "launch/finetune.py", self.folder / stage.recipe, FinetuneRecipe, overrides,
-                           [negatives, *([Path(init)] if init and init != self.config.backbone else [])])
+        return self._add_training(name, script, self.folder / user.recipe, kind, overrides,
+                                  [negatives, *([Path(init)] if init and init != self.config.backbone else [])])
+
+    def _add_reranker(self, source: str) -> None:
+        """The cross-encoder, where it is trained behind ``source``, and that step's run reranked by it."""
+        reranker = self.config.reranker
+        if reranker is None or reranker.negatives != source:
+            return
+        model = self._add_ranking(RERANKER, "launch/rerank.py", RerankRecipe, reranker,
+                                  self._negatives(source, RERANKER))
+        target, folder = self.targets[0], self.work / RERANKER
+        run = folder / "run.trec"
+        self._add_scoring("rerank", model, target.split, ["--run", str(self.work / source / "run.trec")], run,
+                          reranker.rerank_depth, ["--json", str(run.with_suffix(".json"))])
+        self._add_evaluation("rerank", run, target)
+
+    def _add_scoring(self, name: str, model: Path, split: str, source: list[str], output: Path, depth: int,
+                     more: list[str]) -> Path:
+        return self._add(name, ["tools/score.py", "--model", str(model), "--data", str(self.shards), "--split", split,
+                                *source, "--depth", str(depth), "--output", str(output), "--batch-tokens",
+                                str(self.config.evaluation.batch_tokens), *more],
+                         output, [model, self.shards, Path(source[1])], trains=True, resumes=True)
+
+    def _taught(self, stage: StageConfig, negatives: Path) -> Path:
+        """The negatives of a stage with the scores of its teacher, where it has one."""
+        if stage.teacher is None:
+            return negatives
+        source = stage.negatives if stage.negatives in ("bm25", *self._stages_done) else stage.name
+        folder = self.work / RERANKER
+        return self._add_scoring(f"{source}-scores", folder / "model", self.config.evaluation.train_split,
+                                 ["--negatives", str(negatives)], folder / f"{source}.jsonl",
+                                 self.config.reranker.score_depth, [])
+
+    def _add_stage(self, stage: StageConfig) -> None:
+        negatives = self._taught(stage, self._negatives(stage.negatives, stage.name))
+        self._add_ranking(stage.name, "launch/finetune.py", FinetuneRecipe, stage, negatives)
         for target in self.targets:
             self._add_measuring(stage.name, target)
         self._stages_done.append(stage.name)

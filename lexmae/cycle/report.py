@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lexmae import artifact
-from lexmae.cycle.config import PipelineRecipe
+from lexmae.cycle.config import RERANKER, PipelineRecipe
 
 MEASURES = ("MRR@10", "nDCG@10", "Recall@100", "Recall@1000")
 _COSTS = ("terms/doc", "terms/query", "index MB", "queries/s")
@@ -22,6 +22,7 @@ def collect(config: PipelineRecipe) -> Rows:
     rows = {"BM25": {**_measures(work / "bm25" / "metrics.json"), "terms_docs": bm25["terms_docs"],
                      "terms_queries": bm25["terms_queries"], "index_bytes": bm25["index_bytes"],
                      "queries_per_second": bm25["queries_per_second"]}}
+    _add_reranked(config, "bm25", rows)
     for stage in config.stages:
         folder = work / stage.name
         search = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -31,7 +32,19 @@ def collect(config: PipelineRecipe) -> Rows:
             "terms_queries": artifact.read(folder / f"vectors-{split}").extra["mean_active"],
             "index_bytes": sum(p.stat().st_size for p in (folder / "index").rglob("*") if p.is_file()),
             "queries_per_second": search["queries_per_second"]}
+        _add_reranked(config, stage.name, rows)
     return rows
+
+
+def _add_reranked(config: PipelineRecipe, source: str, rows: Rows) -> None:
+    """The row of the reranked run behind that of the run itself; index and speed are those of the pair of them."""
+    if config.reranker is None or config.reranker.negatives != source:
+        return
+    folder, first = Path(config.work) / RERANKER, list(rows.values())[-1]
+    rate = json.loads((folder / "run.json").read_text(encoding="utf-8"))["queries_per_second"]
+    pair = 1 / (1 / first["queries_per_second"] + 1 / rate) if rate and first["queries_per_second"] else None
+    rows["rerank"] = {**_measures(folder / "metrics.json"), "index_bytes": first["index_bytes"],
+                      "queries_per_second": pair}
 
 
 def collect_further(config: PipelineRecipe) -> dict[str, Rows]:
@@ -48,6 +61,10 @@ def _measures(path: Path) -> dict[str, float]:
     return {name: means[name] for name in MEASURES}
 
 
+def _figure(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def table(rows: Rows, title: str = "") -> str:
     """The figures as a Markdown table, aligned; costs where the rows have them."""
     costs = any("terms_docs" in row for row in rows.values())
@@ -55,8 +72,8 @@ def table(rows: Rows, title: str = "") -> str:
     for name, row in rows.items():
         line = [name, *(f"{row[measure]:.4f}" for measure in MEASURES)]
         if costs:
-            line += [f"{row['terms_docs']:.1f}", f"{row['terms_queries']:.1f}", f"{row['index_bytes'] / 1e6:.1f}",
-                     f"{row['queries_per_second']:.0f}"]
+            line += [_figure(row.get("terms_docs")), _figure(row.get("terms_queries")),
+                     _figure(row["index_bytes"] / 1e6), _figure(row["queries_per_second"], 0)]
         lines.append(tuple(line))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     cells = ["| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in

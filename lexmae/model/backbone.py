@@ -21,7 +21,13 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from lexmae.errors import InputError
@@ -83,6 +89,31 @@ def load_masked_lm(init: str, **kw: Any) -> PreTrainedModel:
     Keywords go to `AutoModelForMaskedLM.from_pretrained`. Raises InputError when the folder or name holds no
     such model.
     """
+    return _settle(_load(AutoModelForMaskedLM, "a masked language model", init, **kw))
+
+
+def load_scorer(init: str, **kw: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A model of one score per text (pair) from a folder or a hub name, and the names of its weights that are new.
+
+    None is new where a finished scorer is loaded. Of another model, such as a masked language model, the encoder is
+    taken; what stands above it is new, a function of torch's generator. Keywords and errors as in `load_masked_lm`.
+    """
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()  # a report of what is new and what is left out, once for each rank
+    try:
+        model, found = _load(AutoModelForSequenceClassification, "a model of one score", init, num_labels=1,
+                             output_loading_info=True, **kw)
+    finally:
+        logging.set_verbosity(shown)
+    new = sorted(found["missing_keys"])
+    inside = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
+    if inside:
+        raise InputError(f"lacks weights of the encoder, such as {inside[0]}", path=init)
+    return model, new
+
+
+def _load(kind: Any, what: str, init: str, **kw: Any) -> Any:
+    """What an auto class of transformers makes of a folder or hub name, in float32 unless `dtype` says otherwise."""
     if not init:
         raise InputError("a model folder or hub name is needed")
     folder = Path(init)
@@ -92,15 +123,14 @@ def load_masked_lm(init: str, **kw: Any) -> PreTrainedModel:
     elif folder.is_absolute() or init.startswith((".", "~")) or init.count("/") > 1:
         raise InputError("no such model folder", path=init)
     try:
-        config = AutoConfig.from_pretrained(init)
+        config = AutoConfig.from_pretrained(init, **{name: kw.pop(name) for name in ("num_labels",) if name in kw})
         _check_family(config.model_type, init)
         with quiet() if folder.is_dir() else nullcontext():  # a download keeps its progress bar
-            lm = AutoModelForMaskedLM.from_pretrained(init, config=config, **{"dtype": torch.float32, **kw})
+            return kind.from_pretrained(init, config=config, **{"dtype": torch.float32, **kw})
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise InputError(f"cannot load a masked language model: {_first_line(error)}", path=init) from error
-    return _settle(lm)
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+        raise InputError(f"cannot load {what}: {_first_line(error)}", path=init) from error
 
 
 def create_masked_lm(
@@ -113,6 +143,18 @@ def create_masked_lm(
     …). The weights are a function of torch's generator. Raises InputError for an unknown architecture, size
     key or impossible value.
     """
+    return _settle(_create(AutoModelForMaskedLM, architecture, vocab_size, special, size))
+
+
+def create_scorer(
+    architecture: str, vocab_size: int, special: Mapping[str, int], size: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """A randomly initialised model of one score per text (pair); arguments and errors as in `create_masked_lm`."""
+    return _create(AutoModelForSequenceClassification, architecture, vocab_size, special, size, num_labels=1)
+
+
+def _create(kind: Any, architecture: str, vocab_size: int, special: Mapping[str, int],
+            size: Mapping[str, Any] | None, **kw: Any) -> PreTrainedModel:
     _check_family(architecture)
     size = dict(size or {})
     known = size_keys(architecture)
@@ -121,11 +163,10 @@ def create_masked_lm(
         raise InputError(f"unknown size {', '.join(unknown)} for {architecture}; known: {', '.join(known)}")
     ids = _special_ids(special, vocab_size)
     try:
-        config = AutoConfig.for_model(architecture, **{"vocab_size": vocab_size, **ids, **size})
-        lm = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+        config = AutoConfig.for_model(architecture, **{"vocab_size": vocab_size, **ids, **size, **kw})
+        return kind.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, AssertionError, StrictDataclassError) as error:
         raise InputError(f"cannot build a {architecture} of this size: {_first_line(error)}") from error
-    return _settle(lm)
 
 
 def size_keys(architecture: str) -> list[str]:
@@ -147,6 +188,20 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def save_weights(model: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write config.json and safetensors.
+
+    Args:
+        state_dict: replaces the model's own, for weights gathered from several ranks; same keys.
+    """
+    with quiet():  # saving empties the dict it is given
+        model.save_pretrained(folder, state_dict=None if state_dict is None else dict(state_dict))
+    if state_dict is not None:  # the config names the type of what was written, not of what was trained
+        config = copy.deepcopy(model.config)
+        config.dtype = next(value.dtype for value in state_dict.values() if value.is_floating_point())
+        config.save_pretrained(folder)
 
 
 def _special_ids(special: Mapping[str, int], vocab_size: int) -> dict[str, int]:
@@ -210,6 +265,14 @@ def hidden_states(
     """Last hidden states [B, L, H]; segment ids are used only where the backbone has them."""
     segments = _segments(lm, token_type_ids)
     return lm.base_model(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
+
+
+def scores(
+    scorer: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+) -> Tensor:
+    """The scores [B] of a scorer; segment ids are used only where the backbone has them."""
+    segments = _segments(scorer, token_type_ids)
+    return scorer(input_ids=input_ids, attention_mask=attention_mask, **segments).logits.squeeze(-1)
 
 
 def transform(lm: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ Shapes: B sequences, L tokens, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from lexmae.model import backbone, lexicon
 from lexmae.model.head import max_logits
 
 _MASK, _POOLING = "1_MultiVectorMask", "2_SpladePooling"
-_MODULES = {
+MODULES = {
     "": "base.modules.transformer.Transformer",
     _MASK: "multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask",
     _POOLING: "sparse_encoder.modules.splade_pooling.SpladePooling",
 }
+"""Folder of each of sentence-transformers' modules, in order, and its class."""
 
 
 class SparseEncoder(nn.Module):
@@ -84,14 +84,9 @@ def save_masked_lm(
         state_dict: replaces `lm`'s own, for weights gathered from several ranks; same keys.
     """
     folder = Path(folder)
-    with backbone.quiet():  # saving empties the dict it is given
-        lm.save_pretrained(folder, state_dict=None if state_dict is None else dict(state_dict))
-    if state_dict is not None:  # the config names the type of what was written, not of what was trained
-        config = copy.deepcopy(lm.config)
-        config.dtype = next(value.dtype for value in state_dict.values() if value.is_floating_point())
-        config.save_pretrained(folder)
+    backbone.save_weights(lm, folder, state_dict)
     if tokenizer_dir is not None:
-        tokenizer = _load_tokenizer(tokenizer_dir)
+        tokenizer = load_tokenizer(tokenizer_dir)
         tokenizer.save_pretrained(folder)
         _write_peer_files(folder, tokenizer, lm.config.vocab_size)
 
@@ -100,10 +95,10 @@ def _write_peer_files(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabula
     """`modules.json` and what it names: transformer, mask of special tokens, SPLADE max pooling."""
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
-        for i, (path, kind) in enumerate(_MODULES.items())
+        for i, (path, kind) in enumerate(MODULES.items())
     ]
-    _write_json(folder / "modules.json", modules)
-    _write_json(
+    write_json(folder / "modules.json", modules)
+    write_json(
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SparseEncoder",
@@ -113,8 +108,8 @@ def _write_peer_files(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabula
             "similarity_fn_name": "dot",
         },
     )
-    _write_json(folder / "sentence_bert_config.json", {"transformer_task": "fill-mask"})
-    _write_json(
+    write_json(folder / "sentence_bert_config.json", {"transformer_task": "fill-mask"})
+    write_json(
         folder / _MASK / "config.json",
         {
             "skiplist_words": structural_tokens(tokenizer),
@@ -122,7 +117,7 @@ def _write_peer_files(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabula
             "keep_only_token_ids": None,
         },
     )
-    _write_json(
+    write_json(
         folder / _POOLING / "config.json",
         {"pooling_strategy": "max", "activation_function": "relu", "embedding_dimension": vocabulary},
     )
@@ -133,13 +128,15 @@ def structural_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted(set(tokenizer.all_special_tokens) - {tokenizer.unk_token})
 
 
-def _load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer from its folder; InputError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise InputError("cannot load a tokenizer from here", path=folder) from error
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON; the folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -32,15 +32,20 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(m[1]) for m in found if m and artifact.exists(folder / m[0]))
 
 
-def save(engine: Engine, folder: Path, step: int, config: Mapping[str, Any], keep: int) -> None:
-    """Write ``folder/step-N`` from all ranks, then remove all but the newest ``keep`` checkpoints."""
+def save(engine: Engine, folder: Path, step: int, config: Mapping[str, Any], keep: int,
+         objective: Mapping[str, Any] | None = None) -> None:
+    """Write ``folder/step-N`` from all ranks, then remove all but the newest ``keep`` checkpoints.
+
+    Args:
+        objective: what the objective has to keep, as JSON values.
+    """
     target, hosts = folder / f"step-{step}", engine.hosts
     exists = artifact.exists(target)
     if exists if hosts is None else hosts.agree(exists):
         return
     draft = artifact.Draft(artifact.partial_path(target), counts={"step": step},
                            extra={"world": engine.world, "zero_stage": engine.hardware.zero_stage,
-                                  "precision": engine.hardware.precision})
+                                  "precision": engine.hardware.precision, "objective": dict(objective or {})})
     engines.on_rank_zero(lambda: _fresh(draft.path), hosts)
     engine.deepspeed.save_checkpoint(str(draft.path), tag=_TAG, save_latest=False)
     torch.save(engines.rng_state(engine.device), draft.path / f"random-{engine.rank:05d}.pt")
@@ -119,15 +124,15 @@ def _first_difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, An
     return None if same else (where, old, new)
 
 
-def load(engine: Engine, path: Path) -> int:
-    """Restore weights, optimizer and random state; returns the number of steps done."""
+def load(engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
+    """Restore weights, optimizer and random state; returns the number of steps done and the objective's state."""
     say(f"resuming from {path}")
     loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=_TAG)
     if loaded is None:
         raise InputError("DeepSpeed could not load this checkpoint", path)
     engines.set_rng_state(torch.load(path / f"random-{engine.rank:05d}.pt", weights_only=True), engine.device)
-    step = artifact.read(path, KIND).fact("step", int, "counts")
+    manifest = artifact.read(path, KIND)
     engine.barrier()
     if path.name == _RECEIVED:
         shutil.rmtree(path, ignore_errors=True)
-    return step
+    return manifest.fact("step", int, "counts"), dict(manifest.fact("objective", dict))

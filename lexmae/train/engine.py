@@ -77,10 +77,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
         ctx.count = len(rows)
-        return torch.cat(parts)
+        gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
@@ -94,11 +94,18 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: weight decay on matrices, none on biases and normalisation weights (vectors)."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-              {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """AdamW groups: weight decay on matrices, none on biases and normalisation weights (vectors).
+
+    Parameters with an attribute ``lr_factor`` learn at that multiple of the learning rate; they have groups of their
+    own, and the factor stands in each group.
+    """
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = (getattr(parameter, "lr_factor", 1.0), parameter.ndim <= 1)
+            groups.setdefault(key, []).append(parameter)
+    return [{"params": parameters, "weight_decay": 0.0 if is_vector else weight_decay, "lr_factor": factor}
+            for (factor, is_vector), parameters in sorted(groups.items(), key=lambda item: item[0])]
 
 
 class Engine:
@@ -144,7 +151,7 @@ class Engine:
     def step(self, lr: float) -> StepReport:
         """Close the last micro-batch and update the weights with learning rate ``lr``."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         own_norm = None if hasattr(self.deepspeed.optimizer, "_global_grad_norm") else self._grad_norm()
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if own_norm is None else own_norm

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lexmae.config import OptimizationConfig
+from lexmae.config import FinetuneRecipe, OptimizationConfig
 from lexmae.errors import InputError
 
 _MICRO = "train_micro_batch_size_per_gpu"
@@ -90,8 +90,8 @@ def compose(path: Path, optimization: OptimizationConfig, world: int, *, accumul
     """Join the machine's configuration with the recipe's batch.
 
     Args:
-        accumulate: whether micro-batches are steps of gradient accumulation (pre-training) or chunks of one
-            computation (fine-tuning, where every query meets every document of the global batch).
+        accumulate: whether micro-batches are steps of gradient accumulation or chunks of one computation: see
+            ``accumulates``.
 
     Raises:
         InputError: a key is set on both sides, or the global batch cannot be divided as asked.
@@ -118,6 +118,12 @@ def compose(path: Path, optimization: OptimizationConfig, world: int, *, accumul
     if optimization.clip:
         config["gradient_clipping"] = optimization.clip
     return Hardware(world, micro or 0, accumulation, config)
+
+
+def accumulates(recipe: object) -> bool:
+    """Whether a recipe's micro-batches are steps of gradient accumulation (pre-training, reranking) rather than chunks
+    of one computation (fine-tuning, where every query meets every document of the global batch)."""
+    return not isinstance(recipe, FinetuneRecipe)
 
 
 def world_size() -> int:

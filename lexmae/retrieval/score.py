@@ -1,0 +1,306 @@
+"""Scores with a cross-encoder: files of negatives for distillation, and runs whose top is ranked anew.
+
+Every rank has its own blocks of queries, and a run that was stopped goes on with those that are missing (see
+``blocks``). The pairs of a block are computed sorted by length.
+
+Where documents are split into passages, the score of a document is that of its best passage (MaxP: Dai and Callan,
+SIGIR 2019); a name of a passage stands for that passage alone.
+
+Shapes: P pairs, K documents of one query.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from lexmae import artifact
+from lexmae.cli import progress, say
+from lexmae.data.negatives import Row, read_negatives, write_negatives
+from lexmae.data.pairs import read_pairs
+from lexmae.data.shards import Shards
+from lexmae.errors import InputError
+from lexmae.model import backbone
+from lexmae.model.reranker import KIND, CrossEncoder
+from lexmae.ranks import together
+from lexmae.retrieval import blocks, reports
+from lexmae.retrieval.runs import Run, read_run, write_run
+
+BLOCK = 64  # queries per part
+_DIGITS = 6  # behind the point; float32 has no more for scores of usual size
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What to score, and how.
+
+    Attributes:
+        split: of the queries.
+        depth: documents at the top of each list; all where it is not given.
+        max_length: tokens of a pair; where it is not given, what the model was trained with, or what fits the shards.
+        batch_tokens: padded tokens per batch.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``auto`` (bf16 on a GPU that has it, fp32 elsewhere).
+    """
+
+    split: str
+    depth: int | None = None
+    max_length: int | None = None
+    batch_tokens: int = 16384
+    precision: str = "auto"
+
+
+class Item(NamedTuple):
+    """One query and the documents to score with it: its row, and K units (see ``units_of``)."""
+
+    query: int
+    units: np.ndarray
+
+
+class Work(Protocol):
+    """A file to be scored.
+
+    Attributes:
+        items: what is scored, in the order of the output.
+    """
+
+    items: list[Item]
+
+    def write(self, path: Path, numbers: range, scores: Sequence[np.ndarray]) -> None:
+        """Write the part of the output that holds these items, given the scores [K] of each."""
+
+
+def score(model: str | Path, shards: str | Path, output: str | Path, config: ScoreConfig, *,
+          negatives: str | Path | None = None, run: str | Path | None = None,
+          overwrite: bool = False) -> dict[str, Any]:
+    """Write ``output``: the file ``negatives`` with scores, or the TREC run ``run`` reranked; every rank calls it.
+
+    Returns:
+        Numbers of queries and of their documents, and what this rank computed of them in how many seconds.
+
+    Raises:
+        InputError: model, shards, split or source do not exist or do not belong together, or ``output`` exists.
+    """
+    output, source = Path(output), Path(negatives or run)
+    with together():
+        opened = _open_shards(shards, config.split)
+        reports.refuse_existing(output, overwrite=overwrite)
+        made_with = _refuse_misfit(model, opened)
+        work = (Negatives if negatives else Reranking)(source, opened, config)
+    with blocks.ranks() as (rank, world, device):
+        scorer = CrossEncoder.load(model).to(device).eval()
+        max_length = _pair_length(scorer, made_with, opened, config, model)
+        name = blocks.precision(config.precision, device)
+        state = {"model": made_with.fingerprint if made_with else str(model), "shards": opened.manifest.fingerprint,
+                 "source": artifact.checksum(source), "reranks": bool(run), "split": config.split,
+                 "depth": config.depth, "max_length": max_length, "precision": name, "block": BLOCK}
+        hosts = blocks.hosts(output, **state)
+        partial, there = blocks.open_partial(output, state, hosts)
+        scoring = _Scoring(scorer, opened, config, max_length, blocks.PRECISIONS[name], device)
+        figures = scoring.run(work, blocks.own(len(work.items), BLOCK, rank, world), partial, there)
+        blocks.collect(hosts, partial, -(-len(work.items) // BLOCK))
+        if rank == 0:
+            _join(partial, output)
+            say(f"wrote {output}: {figures['queries']} queries, {figures['documents']} documents")
+        hosts.barrier()
+    return {**figures, "ranks": world}
+
+
+def speed(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures with the queries per second of all ranks, as if each were as fast as this one; None where nothing
+    was left to compute."""
+    here, seconds = figures["queries_here"], figures["seconds"]
+    rate = round(here / max(seconds, 1e-9) * figures["ranks"], 2) if here else None
+    return {"queries": figures["queries"], "documents": figures["documents"], "ranks": figures["ranks"],
+            "seconds": round(seconds, 4), "queries_per_second": rate}
+
+
+def _open_shards(shards: str | Path, split: str) -> Shards:
+    opened = Shards.open(shards)
+    if split not in opened.splits:
+        raise InputError(f"has no queries of the split '{split}'; it has {', '.join(opened.splits) or 'none'}", shards)
+    return opened
+
+
+def _refuse_misfit(model: str | Path, shards: Shards) -> artifact.Manifest | None:
+    """The manifest of a cross-encoder of ours, whose tokenizer must be that of the shards; None for other models."""
+    if not artifact.exists(model):
+        return None
+    manifest = artifact.read(model, KIND)
+    if manifest.extra["tokenizer_hash"] != shards.manifest.extra["tokenizer_hash"]:
+        raise InputError(f"was trained with another tokenizer than that of {shards.manifest.path}", model)
+    return manifest
+
+
+def _pair_length(scorer: CrossEncoder, made_with: artifact.Manifest | None, shards: Shards, config: ScoreConfig,
+                 model: str | Path) -> int:
+    entries = backbone.word_embeddings(scorer.scorer).shape[0]
+    if entries < shards.vocab_size:
+        raise InputError(f"knows {entries} tokens, the shards use a vocabulary of {shards.vocab_size}", model)
+    extra = shards.manifest.extra
+    whole = min(extra["query_length"] + extra["max_length"], scorer.max_length)
+    length = config.max_length or (made_with.extra["pair_length"] if made_with else whole)
+    if length > scorer.max_length:
+        raise InputError(f"reads {scorer.max_length} tokens, which is less than a length of pairs of {length}", model)
+    longest = int(shards.queries(config.split).lengths.max(initial=0))
+    if length < longest + 3:
+        raise InputError(f"a length of pairs of {length} leaves no room for a document beside a query of {longest} "
+                         "tokens", model)
+    return length
+
+
+# ------------------------------------------------------------------------------------------------ what is scored
+
+
+def units_of(shards: Shards, names: Sequence[str]) -> np.ndarray:
+    """Documents by number, int64 [K]: a row of the shards' table; where documents are split, ``-1 - number`` stands
+    for a whole document. InputError names the first that is unknown."""
+    if not shards.split_documents:
+        return shards.docs.rows(names)
+    alone = shards.docs.contains(names)
+    units = np.empty(len(names), np.int64)
+    units[alone] = shards.docs.rows([name for name, one in zip(names, alone, strict=True) if one])
+    units[~alone] = -1 - shards.documents.numbers([name for name, one in zip(names, alone, strict=True) if not one])
+    return units
+
+
+def names_of(shards: Shards, units: np.ndarray) -> list[str]:
+    """The ids of what ``units_of`` numbered."""
+    names = np.empty(len(units), object)
+    alone = units >= 0
+    names[alone] = shards.docs.ids(units[alone])
+    if not alone.all():
+        names[~alone] = shards.documents.ids(-1 - units[~alone])
+    return names.tolist()
+
+
+def _rows(shards: Shards, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the shards' table, unit by unit, and how many each unit has, int64."""
+    alone = units >= 0
+    if alone.all():
+        return units, np.ones_like(units)
+    sizes = np.where(alone, 1, shards.documents.sizes(np.where(alone, 0, -1 - units)))
+    pieces = [units[i:i + 1] if alone[i] else shards.documents.rows(-1 - units[i:i + 1]) for i in range(len(units))]
+    return np.concatenate(pieces), sizes
+
+
+class Negatives:
+    """A file of negatives: the top of each list, and the judged positives of its query."""
+
+    def __init__(self, source: Path, shards: Shards, config: ScoreConfig):
+        self.shards, self.queries = shards, shards.queries(config.split)
+        row_of = {name: row for row, name in enumerate(self.queries.ids())}
+        qrels: Mapping[str, Mapping[str, int]] = shards.qrels(config.split)
+        self.items: list[Item] = []
+        self._positives: list[int] = []  # how many, at the end of each item's units
+        unknown = 0
+        for row in progress(read_negatives(source), desc="negatives", unit="queries"):
+            if row.qid not in row_of:
+                unknown += 1
+                continue
+            judged = sorted(name for name, relevance in qrels.get(row.qid, {}).items() if relevance > 0)
+            units = units_of(shards, [*row.negatives[:config.depth], *judged])
+            self.items.append(Item(row_of[row.qid], units.astype(np.int32)))
+            self._positives.append(len(judged))
+        if not self.items:
+            raise InputError(f"names no query of the split '{config.split}'", source)
+        if unknown:
+            say(f"{source}: {unknown} queries are not in the split '{config.split}' and are left out")
+
+    def write(self, path: Path, numbers: range, scores: Sequence[np.ndarray]) -> None:
+        """Rows with scores of negatives and positives."""
+        rows = []
+        for number, found in zip(numbers, scores, strict=True):
+            query, units = self.items[number]
+            names, values = names_of(self.shards, units), found.tolist()
+            end = len(names) - self._positives[number]
+            positives = dict(zip(names[end:], values[end:], strict=True))
+            rows.append(Row(self.queries.id(query), names[:end], values[:end], positives or None))
+        write_negatives(path, rows)
+
+
+class Reranking:
+    """A TREC run: the top of each ranking in the order of the new scores, then the rest in its own order."""
+
+    def __init__(self, source: Path, shards: Shards, config: ScoreConfig):
+        self.ranked = read_run(source)
+        self._queries = list(self.ranked)
+        rows = shards.queries(config.split).rows(self._queries)
+        self.items = [Item(int(row), units_of(shards, self.ranked.documents(query)[:config.depth]).astype(np.int32))
+                      for query, row in zip(progress(self._queries, desc="run", unit="queries"), rows, strict=True)]
+
+    def write(self, path: Path, numbers: range, scores: Sequence[np.ndarray]) -> None:
+        """Rankings; below the depth, scores count down from that of the last reranked document."""
+        rankings = {}
+        for number, found in zip(numbers, scores, strict=True):
+            names, top = self.ranked.documents(self._queries[number]), found.tolist()
+            below = np.floor(min(top, default=0.0)) - 1.0
+            behind = [float(below - place) for place in range(len(names) - len(top))]
+            rankings[self._queries[number]] = list(zip(names, [*top, *behind], strict=True))
+        write_run(path, Run.from_pairs(rankings))
+
+
+# ----------------------------------------------------------------------------------------------------- computing
+
+
+class _Scoring:
+    """The model at work on the blocks of a rank."""
+
+    def __init__(self, scorer: CrossEncoder, shards: Shards, config: ScoreConfig, max_length: int,
+                 dtype: torch.dtype | None, device: torch.device):
+        self.scorer, self.shards, self.config, self.max_length = scorer, shards, config, max_length
+        self.queries, self.dtype, self.device = shards.queries(config.split), dtype, device
+
+    def run(self, work: Work, own: Sequence[int], partial: Path, there: Collection[str]) -> dict[str, Any]:
+        """Make the parts that are not there."""
+        missing = [block for block in own if _part(partial, block).name not in there]
+        if len(missing) < len(own):
+            say(f"{len(own) - len(missing)} of {len(own)} parts are there already")
+        numbers = {block: range(block * BLOCK, min((block + 1) * BLOCK, len(work.items))) for block in missing}
+        todo = sum(int(_rows(self.shards, work.items[i].units)[1].sum()) for block in missing for i in numbers[block])
+        start = time.perf_counter()
+        with progress(total=todo, desc="score", unit="pairs") as bar:
+            for block in missing:
+                found = self._block([work.items[i] for i in numbers[block]], bar)
+                work.write(_part(partial, block), numbers[block], found)
+        return {"queries": len(work.items), "documents": sum(len(item.units) for item in work.items),
+                "queries_here": sum(map(len, numbers.values())), "seconds": time.perf_counter() - start}
+
+    def _block(self, items: list[Item], bar: Any) -> list[np.ndarray]:
+        """The scores [K] of each item, rounded."""
+        units = np.concatenate([item.units for item in items]).astype(np.int64)
+        asked = np.repeat([item.query for item in items], [len(item.units) for item in items])
+        docs, sizes = _rows(self.shards, units)
+        asked = np.repeat(asked, sizes)  # [P]
+        lengths = np.minimum(self.queries.lengths[asked] + self.shards.docs.lengths[docs], self.max_length)
+        found = np.empty(len(docs), np.float64)
+        for batch in blocks.by_length(lengths, self.config.batch_tokens):
+            found[batch] = self._forward(asked[batch], docs[batch])
+            bar.update(len(batch))
+        best = np.maximum.reduceat(found, np.cumsum(sizes) - sizes) if len(docs) else found
+        return np.split(np.round(best, _DIGITS), np.cumsum([len(item.units) for item in items])[:-1])
+
+    @torch.inference_mode()
+    def _forward(self, asked: np.ndarray, docs: np.ndarray) -> np.ndarray:
+        pairs = read_pairs(self.shards, self.queries, asked, docs, self.max_length).to(self.device)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return self.scorer(**pairs.arguments()).float().cpu().numpy()
+
+
+def _part(partial: Path, block: int) -> Path:
+    return partial / f"part-{block:06d}"
+
+
+def _join(partial: Path, output: Path) -> None:
+    """The parts as one file, in order; they are removed when it has its name."""
+    with artifact.atomic_file(output, "wb") as out:
+        for part in sorted(partial.glob("part-*")):
+            with open(part, "rb") as content:
+                shutil.copyfileobj(content, out)
+    shutil.rmtree(partial)

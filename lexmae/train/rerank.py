@@ -1,0 +1,114 @@
+"""What the training of a cross-encoder adds: its loss, its model, and the folder it ends in."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lexmae import artifact
+from lexmae.cli import say
+from lexmae.config import RerankRecipe
+from lexmae.data.batches import RankingBatch
+from lexmae.data.pairs import PairBatch
+from lexmae.data.shards import Shards
+from lexmae.errors import InputError
+from lexmae.model import backbone
+from lexmae.model.reranker import KIND, CrossEncoder, save_scorer
+from lexmae.train import losses
+from lexmae.train.objectives import Metrics, Stateless
+
+
+class RerankObjective(Stateless):
+    """Listwise softmax over the positive and the negatives of each query, mean over the queries of the global batch."""
+
+    def micro_batches(self, step_data: list[PairBatch]) -> list[PairBatch]:
+        """As they come."""
+        return step_data
+
+    def counts(self, step_data: list[PairBatch]) -> list[int]:
+        """Queries."""
+        return [sum(len(batch.input_ids) // batch.n_docs for batch in step_data)]
+
+    def loss(self, forward, batch: PairBatch, totals: list[float], step: int,
+             total_steps: int) -> tuple[torch.Tensor, Metrics]:
+        """The share of these queries in the mean."""
+        scores = forward(**batch.arguments()).view(-1, batch.n_docs)  # [Q, N]
+        summed, won = losses.listwise(scores)
+        loss = summed / totals[0]
+        return loss, {"loss": loss.detach(), "accuracy": won / totals[0]}
+
+    def sizes(self, batch: PairBatch) -> tuple[int, int]:
+        """Tokens without and with padding."""
+        return int(batch.attention_mask.sum()), batch.attention_mask.numel()
+
+
+class Teacher:
+    """A finished cross-encoder that scores the pairs of a ranking batch, without gradients.
+
+    Args:
+        folder: artifact of kind ``reranker``, or another cross-encoder's folder or hub name.
+        shards: what the pairs are made of; its tokenizer must be the cross-encoder's.
+    """
+
+    def __init__(self, folder: str, shards: Shards):
+        check_teacher(folder, shards)
+        self.scorer = CrossEncoder.load(folder).eval().requires_grad_(False)
+        made = artifact.read(folder, KIND).extra.get("pair_length") if artifact.exists(folder) else None
+        whole = shards.manifest.extra["query_length"] + shards.manifest.extra["max_length"] - 1
+        self.max_length = min(made or whole, self.scorer.max_length)
+
+    @torch.no_grad()
+    def __call__(self, batch: RankingBatch) -> torch.Tensor:
+        """Scores [Q, N] of each query's own documents, float32."""
+        device = batch.doc_order.device
+        self.scorer.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            scores = [self.scorer(**pairs.arguments()).float().view(-1, pairs.n_docs) for pairs in batch.pairs]
+        return torch.cat(scores)
+
+
+def check_teacher(folder: str, shards: Shards) -> None:
+    """InputError where a cross-encoder of ours was made with another tokenizer than the shards."""
+    if artifact.exists(folder):
+        made_with = artifact.read(folder, KIND).extra["tokenizer_hash"]
+        if made_with != shards.manifest.extra["tokenizer_hash"]:
+            raise InputError(f"was trained with another tokenizer than that of {shards.manifest.path}", folder)
+
+
+def check(config: RerankRecipe, shards: Shards) -> None:
+    """Refuse a length that leaves no room for a document.
+
+    Raises:
+        InputError: the longest query and one token of a document do not fit.
+    """
+    longest = shards.manifest.extra["query_length"]
+    if config.max_length < longest + 3:
+        raise InputError(f"max_length {config.max_length}: queries have up to {longest} tokens, "
+                         f"so at least {longest + 3} are needed for pairs", shards.path)
+
+
+def build_scorer(config: RerankRecipe, shards: Shards) -> Any:
+    """The sequence classifier of a recipe, checked against the shards' vocabulary and the length of pairs."""
+    model = config.model
+    if model.init == "scratch":
+        special = {name: i for name, i in dataclasses.asdict(shards.special).items() if i is not None}
+        scorer = backbone.create_scorer(model.architecture, shards.vocab_size, special, model.size)
+    else:
+        scorer, new = backbone.load_scorer(model.init)
+        say(f"{model.init}: " + (f"new are {', '.join(new)}" if new else "a finished cross-encoder is trained on"))
+    entries = backbone.word_embeddings(scorer).shape[0]
+    if entries < shards.vocab_size:
+        raise InputError(f"knows {entries} tokens, the shards use a vocabulary of {shards.vocab_size}", model.init)
+    if backbone.max_length(scorer) < config.max_length:
+        raise InputError(f"reads {backbone.max_length(scorer)} tokens, max_length is {config.max_length}", model.init)
+    return scorer
+
+
+def save(scorer: Any, folder: Path, shards: Shards, state: dict[str, torch.Tensor],
+         config: RerankRecipe) -> dict[str, int]:
+    """Write the gathered weights in Hugging Face layout; returns further facts for the manifest."""
+    save_scorer(scorer, folder, shards.tokenizer_dir, config.max_length, state)
+    return {"pair_length": config.max_length}

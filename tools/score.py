@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Score documents with a cross-encoder: a file of negatives for distillation, or the top of a run ranked anew.
+
+  deepspeed tools/score.py --model runs/rerank/model --data shards --split train --negatives N.jsonl --output S.jsonl
+  python tools/score.py --model M --data shards --split dev --run run.trec --depth 200 --output reranked.trec
+
+The scored negatives hold the scores of the judged positives too. In a run, the documents below the depth keep their
+order behind the reranked ones. A command that was stopped goes on with what is missing.
+"""
+
+from lexmae import cli
+from lexmae.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.make_parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("--model", required=True, help="folder of a cross-encoder, or hub name")
+    parser.add_argument("--data", required=True, help="shards made by tools/prepare.py")
+    parser.add_argument("--split", required=True, help="split of the queries, such as train")
+    source.add_argument("--negatives", metavar="FILE", help="negatives to score")
+    source.add_argument("--run", metavar="FILE", help="TREC run to rerank")
+    parser.add_argument("--output", required=True, metavar="FILE", help="scored negatives, or reranked run, to write")
+    parser.add_argument("--depth", type=int, help="documents at the top of each list; all when not given")
+    parser.add_argument("--max-length", type=int, help="tokens of query and document together; when not given, as the "
+                                                       "model was trained")
+    parser.add_argument("--batch-tokens", type=int, default=16384, help="padded tokens per batch")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                        help="auto is bf16 on a GPU that has it, fp32 elsewhere")
+    parser.add_argument("--json", metavar="FILE", help="write numbers and speed, replacing an older file")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    options = parser.parse_args(argv)
+    if any(value is not None and value < 1 for value in (options.depth, options.max_length, options.batch_tokens)):
+        raise InputError("--depth, --max-length and --batch-tokens must be at least 1")
+
+    from lexmae.retrieval import reports, score  # torch, once the arguments are known to be good
+
+    config = score.ScoreConfig(options.split, options.depth, options.max_length, options.batch_tokens,
+                               options.precision)
+    figures = score.score(options.model, options.data, options.output, config, negatives=options.negatives,
+                          run=options.run, overwrite=options.overwrite)
+    if cli.is_main_rank():
+        reports.write_json(options.json, score.speed(figures))
+
+
+if __name__ == "__main__":
+    cli.run(main)
