@@ -154,8 +154,9 @@ def read(path: str | Path, kind: str | None = None) -> Manifest:
         raise InputError(_why_absent(path, kind), path)
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        manifest = Manifest(path, record["kind"], record["counts"], record["config"], record["inputs"],
-                            record["extra"], record["files"], record["fingerprint"])
+        counts, config, extra = (_facts(record, name, file) for name in ("counts", "config", "extra"))
+        manifest = Manifest(path, record["kind"], counts, config, record["inputs"], extra, record["files"],
+                            record["fingerprint"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"not a manifest: {error}", file) from error
     _check_types(manifest, file)
@@ -218,6 +219,25 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+class _Facts(dict):
+    """Facts of a manifest; asking for one that it does not have is an InputError."""
+
+    def __init__(self, values: Mapping[str, Any], section: str, file: Path):
+        super().__init__(values)
+        self._section, self._file = section, file
+
+    def __missing__(self, key: str) -> Any:
+        raise InputError(f"{self._section}: '{key}' is missing", self._file)
+
+    def __reduce__(self):
+        return _Facts, (dict(self), self._section, self._file)
+
+
+def _facts(record: Mapping[str, Any], section: str, file: Path) -> Any:
+    values = record[section]
+    return _Facts(values, section, file) if isinstance(values, dict) else values
 
 
 def _check_types(manifest: Manifest, file: Path) -> None:

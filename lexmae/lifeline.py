@@ -98,8 +98,8 @@ class Lifeline:
         for rank, (value, since) in list(self._seen.items()):
             if value.startswith(_FAILED):
                 return f"{self._name(rank)} failed: {value.removeprefix(_FAILED)}"
-            if value != _DONE and now - since > self._limit:
-                return self._silent(rank, now - since)
+            if value != _DONE and self._heard - since > self._limit:  # judged by what the store has told
+                return self._silent(rank, self._heard - since)
         return None
 
     def wait_for_verdict(self) -> str | None:

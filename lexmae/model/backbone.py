@@ -123,10 +123,12 @@ def _load(kind: Any, what: str, init: str, **kw: Any) -> Any:
     elif folder.is_absolute() or init.startswith((".", "~")) or init.count("/") > 1:
         raise InputError("no such model folder", path=init)
     try:
-        config = AutoConfig.from_pretrained(init, **{name: kw.pop(name) for name in ("num_labels",) if name in kw})
+        config = AutoConfig.from_pretrained(
+            init, trust_remote_code=False, **{name: kw.pop(name) for name in ("num_labels",) if name in kw})
         _check_family(config.model_type, init)
         with quiet() if folder.is_dir() else nullcontext():  # a download keeps its progress bar
-            return kind.from_pretrained(init, config=config, **{"dtype": torch.float32, **kw})
+            return kind.from_pretrained(init, config=config, trust_remote_code=False,
+                                        **{"dtype": torch.float32, **kw})
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:

@@ -22,12 +22,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lexmae import artifact
+from lexmae.checked import check_offsets, check_range, read_array, read_arrow
 from lexmae.cli import progress
+from lexmae.errors import InputError
 from lexmae.retrieval.kernels import LIMIT, chunks, compiled, keep_best, unpack, worst
 from lexmae.retrieval.runs import Run
 from lexmae.retrieval.vectors import Csr, SparseVectors, read_vocabulary, write_vocabulary
 
 BLOCK = 1 << 15
+_IDS = pa.schema([("id", pa.large_string())])
 _STRIDE = 64  # accumulators compared with the threshold at a time
 
 
@@ -68,12 +71,28 @@ class ExactIndex:
     """A finished index, memory-mapped."""
 
     def __init__(self, path: Path):
-        self.ids: list[str] = pa.ipc.open_file(pa.memory_map(str(path / "ids.arrow"))).read_all()["id"].to_pylist()
+        self.ids: list[str] = [name for batch in read_arrow(path / "ids.arrow", _IDS)
+                               for name in batch.column("id").to_pylist()]
         self.vocabulary = read_vocabulary(path)
-        self._starts = np.load(path / "starts.npy")
-        self._documents = _map(path / "documents.npy")
-        self._weights = _map(path / "weights.npy")
+        self._starts = read_array(path / "starts.npy", np.int64, 2)
+        self._documents = read_array(path / "documents.npy", np.uint16)
+        self._weights = _weights(path / "weights.npy")
+        self._check(path)
         self._heaviest = int(self._weights.max(initial=0))
+
+    def _check(self, path: Path) -> None:
+        """Compiled loops follow these numbers without looking."""
+        shape = (max(1, -(-len(self.ids) // BLOCK)), len(self.vocabulary) + 1)
+        if self._starts.shape != shape or len(self._documents) != len(self._weights):
+            raise InputError(f"arrays of {len(self.ids)} documents and {len(self.vocabulary)} terms do not belong "
+                             "together", path)
+        whole = np.concatenate([self._starts[:, :-1].ravel(), self._starts[-1, -1:]])
+        check_offsets(whole, len(self._documents), path, "starts")
+        if (self._starts[1:, 0] != self._starts[:-1, -1]).any():
+            raise InputError("the blocks do not join", path)
+        for block, starts in enumerate(self._starts):
+            check_range(self._documents[starts[0]:starts[-1]], min(BLOCK, len(self.ids) - block * BLOCK), path,
+                        "document numbers")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -122,10 +141,11 @@ class ExactIndex:
         return best.astype(np.int32), scores[best]
 
 
-def _map(path: Path) -> np.ndarray:
-    """The array as a plain view of its file; the memmap subclass slows slicing down."""
-    array = np.load(path) if path.stat().st_size <= 128 else np.load(path, mmap_mode="r")
-    return np.asarray(array).view(np.ndarray)
+def _weights(path: Path) -> np.ndarray:
+    try:
+        return read_array(path, np.uint8)
+    except InputError:
+        return read_array(path, np.uint16)
 
 
 @compiled

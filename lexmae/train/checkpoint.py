@@ -127,7 +127,7 @@ def _first_difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, An
 def load(engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
     """Restore weights, optimizer and random state; returns the number of steps done and the objective's state."""
     say(f"resuming from {path}")
-    loaded, _ = engine.deepspeed.load_checkpoint(str(path), tag=_TAG)
+    loaded = engine.load(path, _TAG)
     if loaded is None:
         raise InputError("DeepSpeed could not load this checkpoint", path)
     engines.set_rng_state(torch.load(path / f"random-{engine.rank:05d}.pt", weights_only=True), engine.device)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ import torch.distributed as dist
 
 from lexmae import lifeline
 from lexmae.config import OptimizationConfig
+from lexmae.errors import InputError
 from lexmae.ranks import Hosts
 from lexmae.train.hardware import Hardware
 
@@ -25,7 +28,13 @@ if not torch.cuda.is_available():  # before deepspeed chooses for itself
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: E402
+from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
+
+_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]  # in checkpoints of DeepSpeed
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,21 @@ class Engine:
             self.module.train(was)
             set_rng_state(state, self.device)
 
+    def load(self, folder: Path, tag: str) -> Any:
+        """Load DeepSpeed's checkpoint; None where DeepSpeed cannot.
+
+        DeepSpeed unpickles whatever a file asks for. Here tensors, plain values and its own few classes are admitted;
+        another name, the way to run code, is refused.
+
+        Raises:
+            InputError: a file names something else.
+        """
+        with torch.serialization.safe_globals(_CLASSES), _forced_weights_only():
+            try:
+                return self.deepspeed.load_checkpoint(str(folder), tag=tag)[0]
+            except pickle.UnpicklingError as error:
+                raise InputError(f"holds more than tensors: {' '.join(str(error).split())[:300]}", folder) from error
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum over the ranks, in place."""
         if self.world > 1:
@@ -199,6 +223,19 @@ class Engine:
         persistent = module.state_dict().keys()
         state |= {name: buffer.detach().cpu().clone() for name, buffer in module.named_buffers() if name in persistent}
         return state if self.rank == 0 else {}
+
+
+@contextlib.contextmanager
+def _forced_weights_only() -> Iterator[None]:
+    """``torch.load`` unpickles nothing but tensors and admitted classes, whatever its caller says."""
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[_WEIGHTS_ONLY] = before
 
 
 def _is_split(parameter: torch.nn.Parameter) -> bool:
