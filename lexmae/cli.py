@@ -13,6 +13,11 @@ from tqdm import tqdm
 
 from lexmae.errors import InputError
 
+# Environment of a launcher: rank, number of ranks, rank and number of ranks on this host, number of hosts.
+_LAUNCHERS = [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+               "OMPI_COMM_WORLD_LOCAL_SIZE", ""),
+              ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "", "SLURM_NNODES")]
+
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the description's line breaks and appends ``(default: …)`` where there is a default."""
@@ -30,6 +35,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoReturn:
     """Run a command's ``main(argv)`` and exit: 0, its own code, 2 for bad input, 130 for Ctrl-C."""
+    _adopt_launcher()
     try:
         code = main(argv)
     except InputError as error:
@@ -45,6 +51,22 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoRet
         print("interrupted", file=sys.stderr)
         code = 130
     _leave(code or 0)
+
+
+def _adopt_launcher() -> None:
+    """Take rank and number of ranks from SLURM or OpenMPI, where one of them started this process as one of several.
+
+    They are told from a shell within a job by MASTER_ADDR and MASTER_PORT, which the user gives.
+    """
+    if "RANK" in os.environ or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return
+    for rank, world, local_rank, local_size, nodes in _LAUNCHERS:
+        if rank in os.environ and world in os.environ:
+            ranks = int(os.environ[world])
+            own = os.environ.get(local_size) or str(ranks // max(1, int(os.environ.get(nodes, "1"))))
+            os.environ.update(RANK=os.environ[rank], WORLD_SIZE=str(ranks), LOCAL_RANK=os.environ[local_rank],
+                              LOCAL_SIZE=own)
+            return
 
 
 def _leave(code: int) -> NoReturn:

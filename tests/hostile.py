@@ -35,12 +35,13 @@ TEXTS = ["silver water under bridges", "salted fish and woven blankets", "wooden
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A reader, the file it is given, and valid contents of it."""
+    """A reader, the file it is given, and valid contents of it; ``restored`` afterwards where others need it."""
 
     name: str
     file: Path
     read: Callable[[], object]
     seeds: list[bytes]
+    restored: bool = False
 
     def run(self, data: bytes) -> InputError | None:
         """Read with the file replaced by ``data``; anything but a result or an InputError passes through."""
@@ -50,7 +51,15 @@ class Target:
         except InputError as error:
             str(error).encode("utf-8", "backslashreplace")
             return error
+        finally:
+            if self.restored:  # other targets read this file, too
+                self.file.write_bytes(self.seeds[0])
         return None
+
+
+    def run_quietly(self, data: bytes) -> None:
+        """The same for a fuzzer."""
+        self.run(data)
 
 
 def targets(folder: Path) -> list[Target]:
@@ -66,16 +75,8 @@ def targets(folder: Path) -> list[Target]:
 
 def _files(name: str, folder: Path, read: Callable[[], object], *files: str) -> list[Target]:
     """A target for each file of a valid folder; the others stay as they are."""
-    whole = {file: (folder / file).read_bytes() for file in files}
-
-    def read_and_restore() -> None:
-        try:
-            read()
-        finally:
-            for file, data in whole.items():
-                (folder / file).write_bytes(data)
-
-    return [Target(f"{name}:{file}", folder / file, read_and_restore, [data]) for file, data in whole.items()]
+    return [Target(f"{name}:{file}", folder / file, read, [(folder / file).read_bytes()], restored=True)
+            for file in files]
 
 
 def _texts(folder: Path) -> list[Target]:

@@ -110,7 +110,8 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
         chosen = checkpoint.fetch(hosts, chosen)
         engine.on_rank_zero(lambda: _open_output(output, config))
         shards = Shards.open(config.data)
-        hosts.refuse_difference(recipe=learned, shards=shards.manifest.fingerprint, deepspeed=spread.config)
+        hosts.refuse_difference(**_flat("recipe", learned), shards=shards.manifest.fingerprint,
+                                **_flat("DeepSpeed configuration", spread.config))
         torch.manual_seed(config.optimization.seed)
         reranking = isinstance(config, RerankRecipe)
         lm = rerank.build_scorer(config, shards) if reranking else parts.build_lm(config.model, shards)
@@ -168,6 +169,13 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 def _learning(config: Any) -> dict[str, Any]:
     """The part of a recipe that a continued run must share with its beginning."""
     return {key: value for key, value in recipe.to_dict(config).items() if key not in _WHERE_ONLY}
+
+
+def _flat(name: str, values: Any) -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    if not isinstance(values, Mapping):
+        return {name: values}
+    return {key: item for inner, value in values.items() for key, item in _flat(f"{name}.{inner}", value).items()}
 
 
 def _open_output(output: Path, config: Any) -> None:

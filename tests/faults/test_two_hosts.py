@@ -113,7 +113,7 @@ def test_a_host_that_falls_silent_is_named_within_a_minute(hosts, shards_dir, tm
     start = time.monotonic()
     output = hosts.finish(process, code=None, timeout=60)
     assert "rank 1 on host-b has given no sign of life" in output
-    while "pretrain.py" in hosts.hosts[1].run("ps", "-eo", "args"):
+    while any("pretrain.py" in line for line in hosts.hosts[1].processes().values()):
         assert time.monotonic() - start < 60
         time.sleep(0.5)
     hosts.mend()

@@ -1,7 +1,7 @@
-"""Two hosts on one machine: namespaces with a network, a process table, mounts and a name of their own.
+"""Two hosts on one machine: namespaces with a network, mounts and a name of their own.
 
 Each host is a process that sleeps in namespaces of its own (``unshare``); a pair of virtual network cards joins the
-two. Nothing outside them is changed, and all of it disappears with the two processes. An sshd runs in each, and
+two. Nothing outside them is changed, and all of it disappears with their processes. An sshd runs in each, and
 DeepSpeed's launcher reaches it through pdsh and an ``ssh`` that is first on the path and knows keys and addresses.
 
 Without root the same works inside ``unshare -Ur -n -m -p -f --mount-proc COMMAND``: there sshd cannot give up its
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 NAMES = {"host-a": "10.231.77.1", "host-b": "10.231.77.2"}
 _PORT = 22
-_ENTER = "--net --mount --uts --pid"
+_ENTER = "--net --mount --uts"
 _SSHD = """Port {port}
 ListenAddress {address}
 HostKey {folder}/host_key
@@ -62,8 +62,7 @@ def missing() -> str | None:
     for tool in tools:
         if shutil.which(tool, path=path) is None:
             return f"two hosts need {tool} (Debian: iproute2, openssh-server, pdsh)"
-    done = subprocess.run(["unshare", *_ENTER.split(), "--fork", "--mount-proc", "true"], capture_output=True,
-                          text=True)
+    done = subprocess.run(["unshare", *_ENTER.split(), "true"], capture_output=True, text=True)
     if done.returncode:
         return f"no namespaces: {done.stderr.strip()}"
     return None
@@ -75,16 +74,15 @@ def _one_user() -> bool:
 
 
 class Host:
-    """One of them. ``pid`` is its first process, whose end is the end of all its processes."""
+    """One of them; ``pid`` is its first process."""
 
     def __init__(self, name: str, folder: Path):
         self.name, self.address = name, NAMES[name]
         script = f"hostname {name} && touch {folder}/up-{name} && exec sleep 3600"
-        self._holder = subprocess.Popen(["unshare", *_ENTER.split(), "--fork", "--kill-child", "--mount-proc", "sh",
-                                         "-c", script])
+        self._holder = subprocess.Popen(["unshare", *_ENTER.split(), "sh", "-c", script])
         _wait(lambda: (folder / f"up-{name}").exists(), f"{name} does not start")
-        children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children")
-        self.pid = int(children.read_text(encoding="ascii").split()[0])
+        self.pid = self._holder.pid
+        self._network = os.readlink(f"/proc/{self.pid}/ns/net")
         (folder / f"pid-{name}").write_text(str(self.pid), encoding="ascii")
 
     def inside(self, *command: str) -> list[str]:
@@ -102,11 +100,27 @@ class Host:
         self.run("mount", "--bind", str(source), str(target))
 
     def kill(self) -> None:
-        """All processes of this host die at once, and with them its network card: it says no goodbye."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        self._holder.kill()
+        """The cable is cut and all processes of this host die, so that it says no goodbye."""
+        if self.processes():
+            subprocess.run(self.inside("ip", "link", "set", "eth0", "down"), capture_output=True)
+        while pids := self.processes():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._holder.poll()
+            time.sleep(0.02)
         self._holder.wait()
+
+    def processes(self) -> dict[int, str]:
+        """The running processes of this host: number → command line."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(folder / "ns" / "net") == self._network and int(folder.name) != os.getpid():
+                    line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    if line:  # one that has ended and waits for its parent has none
+                        found[int(folder.name)] = line
+        return found
 
 
 class TwoHosts:
