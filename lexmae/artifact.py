@@ -66,6 +66,17 @@ class Manifest:
     files: Mapping[str, str]
     fingerprint: str
 
+    def fact(self, name: str, kind: type, section: str = "extra") -> Any:
+        """One of the facts of ``extra`` (or ``counts``), checked to be of a type.
+
+        Raises:
+            InputError: the manifest does not have it, or it is of another type.
+        """
+        value = getattr(self, section).get(name)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise InputError(f"{section}: '{name}' is missing or not of the type {kind.__name__}", self.path / MANIFEST)
+        return value
+
 
 def partial_path(path: str | Path) -> Path:
     """Where the artifact ``path`` is built before it gets its name."""
@@ -151,10 +162,12 @@ def read(path: str | Path, kind: str | None = None) -> Manifest:
         raise InputError(_why_absent(path, kind), path)
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        manifest = Manifest(path, record["kind"], record["counts"], record["config"], record["inputs"],
-                            record["extra"], record["files"], record["fingerprint"])
-    except (ValueError, KeyError, TypeError) as error:
+        counts, config, extra = (_facts(record, name, file) for name in ("counts", "config", "extra"))
+        manifest = Manifest(path, record["kind"], counts, config, record["inputs"], extra, record["files"],
+                            record["fingerprint"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"not a manifest: {error}", file) from error
+    _check_types(manifest, file)
     if record.get("format") != FORMAT:
         raise InputError(f"has format {record.get('format')}, this version reads format {FORMAT}", file)
     if kind is not None and manifest.kind != kind:
@@ -166,7 +179,7 @@ def verify(path: str | Path) -> None:
     """Recompute every checksum of the artifact; InputError names the first file that differs or is missing."""
     manifest = read(path)
     for name, expected in manifest.files.items():
-        file = manifest.path / name
+        file = inside(manifest.path, name)
         if not file.is_file():
             raise InputError("is listed in the manifest but missing", file)
         if checksum(file) != expected:
@@ -194,6 +207,18 @@ def annotate(path: str | Path, extra: Mapping[str, Any], documentation: Mapping[
     with atomic_file(path / MANIFEST) as out:
         json.dump(record, out, indent=1, ensure_ascii=False)
         out.write("\n")
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """The path of ``name`` in ``folder``, for a name that a manifest or another file gives.
+
+    Raises:
+        InputError: it is absolute, leads out of the folder, or is no name of a file.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if "" in parts or "." in parts or ".." in parts or any(ord(letter) < 32 for letter in name):
+        raise InputError(f"the name {name!r} does not stay inside this folder", folder)
+    return Path(folder) / name
 
 
 @contextlib.contextmanager
@@ -225,6 +250,38 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+class _Facts(dict):
+    """Facts of a manifest; asking for one that it does not have is an InputError."""
+
+    def __init__(self, values: Mapping[str, Any], section: str, file: Path):
+        super().__init__(values)
+        self._section, self._file = section, file
+
+    def __missing__(self, key: str) -> Any:
+        raise InputError(f"{self._section}: '{key}' is missing", self._file)
+
+    def __reduce__(self):
+        return _Facts, (dict(self), self._section, self._file)
+
+
+def _facts(record: Mapping[str, Any], section: str, file: Path) -> Any:
+    values = record[section]
+    return _Facts(values, section, file) if isinstance(values, dict) else values
+
+
+def _check_types(manifest: Manifest, file: Path) -> None:
+    for name in ("counts", "config", "inputs", "extra", "files"):
+        if not isinstance(getattr(manifest, name), Mapping):
+            raise InputError(f"not a manifest: {name} is not an object", file)
+    for name in ("kind", "fingerprint"):
+        if not isinstance(getattr(manifest, name), str):
+            raise InputError(f"not a manifest: {name} is not text", file)
+    for name, digest in manifest.files.items():
+        inside(manifest.path, name)
+        if not isinstance(digest, str):
+            raise InputError(f"not a manifest: the checksum of {name} is not text", file)
 
 
 def _why_absent(path: Path, kind: str | None) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lexmae import artifact
+from lexmae.checked import check_offsets, check_range, read_array
 from lexmae.cli import progress, say
 from lexmae.config import NegativesConfig, NegativeSource
 from lexmae.data.negatives import Row, read_negatives
@@ -198,11 +199,15 @@ def _save(folder: Path, name: str, rows: list[np.ndarray], scores: list[np.ndarr
 class _Lists:
     """Rows, and scores where there are any, by query row; memory-mapped."""
 
-    def __init__(self, folder: Path, name: str):
-        self.ends = np.load(folder / f"{name}-ends.npy")
-        self.rows = np.load(folder / f"{name}-rows.npy", mmap_mode="r").view(np.ndarray)
+    def __init__(self, folder: Path, name: str, documents: int):
+        self.ends = read_array(folder / f"{name}-ends.npy", np.int64)
+        self.rows = read_array(folder / f"{name}-rows.npy", np.int32)
+        check_offsets(np.concatenate([np.zeros(1, np.int64), self.ends]), len(self.rows), folder, f"ends of {name}")
+        check_range(self.rows, documents, folder, f"rows of {name}")
         scores = folder / f"{name}-scores.npy"
-        self.scores = np.load(scores, mmap_mode="r").view(np.ndarray) if scores.is_file() else None
+        self.scores = read_array(scores, np.float32) if scores.is_file() else None
+        if self.scores is not None and len(self.scores) != len(self.rows):
+            raise InputError(f"has {len(self.rows)} rows and {len(self.scores)} scores of {name}", folder)
 
     def part(self, query: int) -> slice:
         """Where the list of a query lies."""
@@ -214,10 +219,14 @@ class NegativeLists:
 
     def __init__(self, path: str | Path):
         manifest = artifact.read(path, KIND)
-        self.documents = int(manifest.counts["documents"])
-        self.shares = np.asarray(manifest.extra["shares"], np.float64)
-        self._positives, self._trained = (_Lists(manifest.path, name) for name in ("positives", "trained"))
-        self._sources = [_Lists(manifest.path, f"source{i}") for i in range(len(self.shares))]
+        self.documents = manifest.fact("documents", int, "counts")
+        shares = manifest.fact("shares", list)
+        if not all(isinstance(share, (int, float)) for share in shares):
+            raise InputError("shares: numbers are needed", manifest.path)
+        self.shares = np.asarray(shares, np.float64)
+        self._positives, self._trained = (_Lists(manifest.path, name, self.documents)
+                                          for name in ("positives", "trained"))
+        self._sources = [_Lists(manifest.path, f"source{i}", self.documents) for i in range(len(self.shares))]
 
     def judged(self, query: int) -> np.ndarray:
         """Rows of the judged positives of a query, int32, sorted."""

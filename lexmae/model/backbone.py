@@ -130,11 +130,11 @@ def _load(kind: Any, what: str, init: str, subfolder: str = "", **kw: Any) -> An
         raise InputError("no such model folder", path=init)
     try:
         given = {name: kw.pop(name) for name in ("num_labels",) if name in kw}
-        config = AutoConfig.from_pretrained(init, subfolder=subfolder, **given)
+        config = AutoConfig.from_pretrained(init, subfolder=subfolder, trust_remote_code=False, **given)
         _check_family(config.model_type, init)
         with quiet() if folder.is_dir() else nullcontext():  # a download keeps its progress bar
             kw = {"dtype": torch.float32, **kw}
-            return kind.from_pretrained(init, config=config, subfolder=subfolder, **kw)
+            return kind.from_pretrained(init, config=config, subfolder=subfolder, trust_remote_code=False, **kw)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:

@@ -143,7 +143,7 @@ def structural_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer from its folder; InputError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError("cannot load a tokenizer from here", path=folder) from error
 

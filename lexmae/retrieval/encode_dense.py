@@ -20,6 +20,7 @@ from lexmae.data.batches import read_texts
 from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
 from lexmae.model.dense import DenseEncoder
+from lexmae.ranks import together
 from lexmae.retrieval import blocks, dense
 from lexmae.retrieval import encode as sparse
 from lexmae.retrieval.encode import EncodeConfig
@@ -37,22 +38,27 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
     """
     if config.top_k is not None:
         raise InputError("top-k is for lexicon vectors: dense ones have no terms to leave out")
-    output, (table, opened, made_with) = Path(output), sparse.open_inputs(model, shards, config)
-    artifact.refuse_existing(output, overwrite)
+    output = Path(output)
+    with together():
+        table, opened, made_with = sparse.open_inputs(model, shards, config)
+        blocks.refuse_existing(output, overwrite)
     with blocks.ranks() as (rank, world, device):
+        hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=made_with)
         name = blocks.precision(config.precision, device)
         state = {"model": made_with or str(model), "shards": opened.manifest.fingerprint, "side": config.side,
                  "split": config.split, "representation": representation, "precision": name, "block": sparse.BLOCK}
-        partial = blocks.open_partial(output, state, rank)
-        blocks.barrier(world)
+        partial, there = blocks.open_partial(output, state, hosts)
         encoder = DenseEncoder.load(model, representation).to(device).eval()
         own = blocks.own(len(table), sparse.BLOCK, rank, world)
-        _encode_blocks(encoder, opened, table, own, partial, config, blocks.PRECISIONS[name], device)
-        blocks.barrier(world)
+        missing = [block for block in own if part_name(block) not in there]
+        if len(missing) < len(own):
+            say(f"{len(own) - len(missing)} of {len(own)} parts are there already")
+        _encode_blocks(encoder, opened, table, missing, partial, config, blocks.PRECISIONS[name], device)
+        blocks.collect(hosts, partial, -(-len(table) // sparse.BLOCK))
         if rank == 0:
             _finish(output, partial, opened, table, encoder.dimensions, {"model": model, "shards": shards}, state)
             say(f"wrote {output}: {len(table)} {config.side} of {encoder.dimensions} dimensions ({representation})")
-        blocks.barrier(world)
+        hosts.barrier()
 
 
 def part_name(number: int) -> str:
@@ -61,12 +67,9 @@ def part_name(number: int) -> str:
 
 
 @torch.inference_mode()
-def _encode_blocks(encoder: DenseEncoder, shards: Shards, table: TokenTable, own: Sequence[int], partial: Path,
+def _encode_blocks(encoder: DenseEncoder, shards: Shards, table: TokenTable, missing: Sequence[int], partial: Path,
                    config: EncodeConfig, dtype: torch.dtype | None, device: torch.device) -> None:
     """Encode the blocks whose part is missing."""
-    missing = [b for b in own if not (partial / part_name(b)).exists()]
-    if len(missing) < len(own):
-        say(f"{len(own) - len(missing)} of {len(own)} parts are there already")
     sizes = {b: min(sparse.BLOCK, len(table) - b * sparse.BLOCK) for b in missing}
     with progress(total=sum(sizes.values()), desc=f"encode {config.side}", unit="texts") as bar:
         for block in missing:

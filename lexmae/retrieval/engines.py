@@ -81,7 +81,7 @@ class Index:
 
     def __init__(self, manifest: artifact.Manifest):
         self.manifest = manifest
-        self.engine: str = manifest.extra["engine"]
+        self.engine: str = manifest.fact("engine", str)
         self._searcher: Searcher = _engine(self.engine)[1](manifest.path)
         self._agreed: list[str] | None = None  # the vocabulary last found equal: comparing takes longer than a query
 

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from lexmae import artifact
+from lexmae.checked import check_offsets, check_range, read_arrow, read_strings
 from lexmae.errors import InputError
 from lexmae.retrieval import checks
 
@@ -214,6 +215,7 @@ class SparseVectors:
             raise InputError(f"the id '{_first_repeated(ids)}' occurs more than once", path)
         vocabulary = read_vocabulary(path)
         checks.check_rows(ids, csr, len(vocabulary), path)
+        check_range(csr.indices, len(vocabulary), path, "term ids")
         return cls(ids, *csr, vocabulary, dict(manifest.extra), manifest.fingerprint)
 
 
@@ -255,18 +257,26 @@ def read_part(path: str | Path) -> tuple[list[str], Csr]:
 def read_batches(path: str | Path) -> list[tuple[pa.Array, Csr]]:
     """The record batches of one part, ids as an Arrow array; views of the memory-mapped file."""
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path)))
-        return [_read_batch(table.get_batch(i), path) for i in range(table.num_record_batches)]
+        with pa.ipc.open_file(pa.memory_map(str(path))) as table:
+            foreign = [table.get_batch(i) for i in range(table.num_record_batches)] \
+                if table.schema.types != _SCHEMA.types or table.schema.names != _SCHEMA.names else []
+    except FileNotFoundError:
+        raise
     except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise InputError(f"not an Arrow file, or a damaged one: {' '.join(str(error).split())}", path) from error
+    for batch in foreign:  # of other programs: said more exactly than below
+        checks.check_batch(batch, _SCHEMA, path)
+    return [_read_batch(batch, path) for batch in read_arrow(path, _SCHEMA)]
 
 
 def _read_batch(batch: pa.RecordBatch, path: str | Path) -> tuple[pa.Array, Csr]:
-    checks.check_batch(batch, _SCHEMA, path)
     terms, weights = batch.column("terms"), batch.column("weights")
-    return batch.column("id"), Csr(terms.offsets.to_numpy(), terms.values.to_numpy(), weights.values.to_numpy())
+    if terms.values.null_count or weights.values.null_count:
+        raise InputError("holds nulls", path)
+    indptr = check_offsets(terms.offsets.to_numpy(), len(terms.values), path)
+    if not np.array_equal(indptr, weights.offsets.to_numpy()) or len(weights.values) != len(terms.values):
+        raise InputError("terms and weights are not parallel", path)
+    return batch.column("id"), Csr(indptr, terms.values.to_numpy(), weights.values.to_numpy())
 
 
 def join(pieces: Iterable[tuple[Sequence[str], Csr]]) -> tuple[list[str], Csr]:
@@ -289,13 +299,7 @@ def write_vocabulary(folder: str | Path, vocabulary: Sequence[str]) -> None:
 
 def read_vocabulary(folder: str | Path) -> list[str]:
     """Read ``vocabulary.json``: the token strings by term id."""
-    file = Path(folder) / VOCABULARY
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("is missing", file) from None
-    except ValueError as error:
-        raise InputError(f"not JSON: {error}", file) from error
+    return read_strings(Path(folder) / VOCABULARY)
 
 
 def describe(draft: artifact.Draft, **extra: Any) -> None:

@@ -35,7 +35,7 @@ class Place:
 
     Attributes:
         gather: rows of this rank → rows of all ranks, differentiable.
-        on_rank_zero: runs a function on rank 0 while the others wait.
+        on_rank_zero: runs a function on rank 0 while the others wait (and on each host with a folder of its own).
     """
 
     hardware: Hardware

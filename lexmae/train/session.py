@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lexmae import artifact, recipe
+from lexmae import artifact, lifeline, recipe
 from lexmae.cli import say
 from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, RerankRecipe
 from lexmae.data.shards import Shards
@@ -18,6 +18,7 @@ from lexmae.errors import InputError
 from lexmae.model import card, reranker
 from lexmae.model.encoder import save_masked_lm
 from lexmae.model.static_queries import save_table
+from lexmae.ranks import Hosts, several_hosts
 from lexmae.train import hardware, parts, probe, rerank, schedules
 from lexmae.train.hardware import Hardware
 
@@ -70,35 +71,55 @@ def _check_init(model: ModelConfig, shards: Shards, kinds: tuple[str, ...]) -> N
         raise InputError(f"was trained with another tokenizer than that of {shards.manifest.path}", model.init)
 
 
+def ready(config: PretrainRecipe | FinetuneRecipe | RerankRecipe,
+          resume: str | None = None) -> tuple[Hardware, Path | None]:
+    """``check``, and the checkpoint to continue from, which must fit the recipe.
+
+    Raises:
+        InputError: as ``check``; or the checkpoint does not exist, or is another recipe's.
+    """
+    spread, output = check(config, resume), Path(config.output)
+    if not resume or artifact.exists(output / "model"):
+        return spread, None
+    from lexmae.train import checkpoint
+
+    chosen = checkpoint.choose(output / "checkpoints", resume)
+    if chosen:
+        checkpoint.refuse_mismatch(chosen, _learning(config), spread.world, spread.zero_stage)
+    return spread, chosen
+
+
 def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | None = None) -> None:
     """Train as the recipe says and write ``output/model``; every rank calls it.
 
     Args:
         resume: ``auto`` continues from the newest checkpoint if there is one; a step or a path names one.
     """
-    spread = check(config, resume)
+    spread, chosen = ready(config, resume)
     output = Path(config.output)
-    if artifact.exists(output / "model"):
-        say(f"{output / 'model'} is finished: nothing to do")
-        return
+    if artifact.exists(output / "model") and not several_hosts():
+        return _finished(output)
     from lexmae.train import checkpoint, engine, loop  # deepspeed takes many seconds to import
 
-    chosen = checkpoint.choose(output / "checkpoints", resume) if resume else None
     learned = _learning(config)
-    if chosen:
-        checkpoint.refuse_mismatch(chosen, learned, spread.world, spread.zero_stage)
     device = engine.start_processes()
     try:
+        hosts = Hosts(output)
+        if hosts.agree(artifact.exists(output / "model")):  # a host apart has none in any case
+            return _finished(output)
+        chosen = checkpoint.fetch(hosts, chosen)
         engine.on_rank_zero(lambda: _open_output(output, config))
         shards = Shards.open(config.data)
+        hosts.refuse_difference(**_flat("recipe", learned), shards=shards.manifest.fingerprint,
+                                **_flat("DeepSpeed configuration", spread.config))
         torch.manual_seed(config.optimization.seed)
         reranking = isinstance(config, RerankRecipe)
         lm = rerank.build_scorer(config, shards) if reranking else parts.build_lm(config.model, shards)
         rank = torch.distributed.get_rank()
-        model, objective, data = parts.build(config, lm, shards, parts.Place(spread, rank, engine.gather,
-                                                                             engine.on_rank_zero))
+        model, objective, data = parts.build(config, lm, shards, parts.Place(
+            spread, rank, engine.gather, functools.partial(engine.on_rank_zero, hosts=hosts)))
         torch.manual_seed(config.optimization.seed + 1 + rank)  # dropout differs between ranks, weights do not
-        run_engine = engine.Engine(model, spread, config.optimization, device)
+        run_engine = engine.Engine(model, spread, config.optimization, device, hosts)
         total = schedules.total_steps(config.optimization, data.size)
         _announce(config, spread, model, total, data.size, run_engine.world)
         start, state = checkpoint.load(run_engine, chosen) if chosen else (0, {})
@@ -111,8 +132,14 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
         loop.train(loop.Run(run_engine, objective, data, config.optimization, config.logging, total, output, learned,
                             **probing), start)
         export("model", total)
+    except Exception as error:
+        lifeline.blame(error)
     finally:
         engine.stop_processes()
+
+
+def _finished(output: Path) -> None:
+    say(f"{output / 'model'} is finished: nothing to do")
 
 
 def _probe(config: Any, shards: Shards, objective: Any, run_engine: Any, engine: Any, total: int, resumed: bool,
@@ -142,6 +169,13 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 def _learning(config: Any) -> dict[str, Any]:
     """The part of a recipe that a continued run must share with its beginning."""
     return {key: value for key, value in recipe.to_dict(config).items() if key not in _WHERE_ONLY}
+
+
+def _flat(name: str, values: Any) -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    if not isinstance(values, Mapping):
+        return {name: values}
+    return {key: item for inner, value in values.items() for key, item in _flat(f"{name}.{inner}", value).items()}
 
 
 def _open_output(output: Path, config: Any) -> None:
