@@ -68,8 +68,8 @@ def ours(folder: Path, model: Path, shards: Shards, args: argparse.Namespace) ->
     optimization = OptimizationConfig(lr=1e-7, batch=args.batch)
     engine = engines.Engine(RankingModel(encoder), hardware.compose(path, optimization, 1, accumulate=False),
                             optimization, engines.start_processes())
-    negatives = NegativesConfig(per_query=args.negatives)
-    draws.build(shards, "train", folder / "negatives.jsonl", args.negatives, folder / "drawn")
+    negatives = NegativesConfig(str(folder / "negatives.jsonl"), per_query=args.negatives)
+    draws.build(shards, "train", negatives, folder / "drawn")
     data = RankingData(shards, "train", draws.NegativeLists(folder / "drawn"), negatives, seed=0, batch=args.batch,
                        micro_batch=args.chunk if args.device == "cpu" else args.batch * (1 + args.negatives))
     objective = RankingObjective(LossConfig(lambda_docs=LAMBDA_DOCS, lambda_queries=LAMBDA_QUERIES), engines.gather, 1)

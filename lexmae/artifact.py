@@ -7,6 +7,7 @@ with which configuration it was made, what it holds (counts, checksums), and wit
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +25,9 @@ from lexmae.errors import InputError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+DOCUMENTATION = ("README.md",)
+"""Files that explain an artifact. They have a checksum, but no part in its fingerprint: what is made from an artifact
+does not depend on them."""
 _VERSIONS = ("torch", "transformers", "tokenizers", "deepspeed", "numpy", "pyarrow")
 
 
@@ -35,11 +39,13 @@ class Draft:
         path: the temporary directory to write files into.
         counts: numbers of what it holds, for the manifest.
         extra: further facts for the manifest (JSON values).
+        known: checksums of files taken over unread from a finished artifact, by name.
     """
 
     path: Path
     counts: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Manifest:
     """What ``manifest.json`` of a finished artifact says.
 
     Attributes:
-        fingerprint: sha256 over the names and checksums of all files: equal content, equal fingerprint.
+        fingerprint: sha256 over the names and checksums of all files but DOCUMENTATION: equal content, equal
+            fingerprint.
     """
 
     path: Path
@@ -58,6 +65,17 @@ class Manifest:
     extra: Mapping[str, Any]
     files: Mapping[str, str]
     fingerprint: str
+
+    def fact(self, name: str, kind: type, section: str = "extra") -> Any:
+        """One of the facts of ``extra`` (or ``counts``), checked to be of a type.
+
+        Raises:
+            InputError: the manifest does not have it, or it is of another type.
+        """
+        value = getattr(self, section).get(name)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise InputError(f"{section}: '{name}' is missing or not of the type {kind.__name__}", self.path / MANIFEST)
+        return value
 
 
 def partial_path(path: str | Path) -> Path:
@@ -117,8 +135,9 @@ def seal(draft: Draft, path: str | Path, kind: str, *, inputs: Mapping[str, str 
          config: Mapping[str, Any] | None = None) -> Manifest:
     """Write the manifest of ``draft``, flush everything to disk and give it its final name."""
     path = Path(path)
-    files = {str(p.relative_to(draft.path)): checksum(p) for p in sorted(draft.path.rglob("*"))
+    names = {str(p.relative_to(draft.path)): p for p in sorted(draft.path.rglob("*"))
              if p.is_file() and p.name != MANIFEST}
+    files = {name: draft.known.get(name) or checksum(p) for name, p in names.items()}
     record = {"lexmae": __version__, "format": FORMAT, "kind": kind, "inputs": _describe_inputs(inputs or {}),
               "config": dict(config or {}), "counts": draft.counts, "extra": draft.extra, "files": files,
               "fingerprint": _fingerprint(files), "versions": versions()}
@@ -143,10 +162,12 @@ def read(path: str | Path, kind: str | None = None) -> Manifest:
         raise InputError(_why_absent(path, kind), path)
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        manifest = Manifest(path, record["kind"], record["counts"], record["config"], record["inputs"],
-                            record["extra"], record["files"], record["fingerprint"])
-    except (ValueError, KeyError, TypeError) as error:
+        counts, config, extra = (_facts(record, name, file) for name in ("counts", "config", "extra"))
+        manifest = Manifest(path, record["kind"], counts, config, record["inputs"], extra, record["files"],
+                            record["fingerprint"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"not a manifest: {error}", file) from error
+    _check_types(manifest, file)
     if record.get("format") != FORMAT:
         raise InputError(f"has format {record.get('format')}, this version reads format {FORMAT}", file)
     if kind is not None and manifest.kind != kind:
@@ -158,11 +179,46 @@ def verify(path: str | Path) -> None:
     """Recompute every checksum of the artifact; InputError names the first file that differs or is missing."""
     manifest = read(path)
     for name, expected in manifest.files.items():
-        file = manifest.path / name
+        file = inside(manifest.path, name)
         if not file.is_file():
             raise InputError("is listed in the manifest but missing", file)
         if checksum(file) != expected:
             raise InputError("does not have the checksum that the manifest gives; it was changed or damaged", file)
+
+
+def annotate(path: str | Path, extra: Mapping[str, Any], documentation: Mapping[str, str]) -> None:
+    """Change what a finished artifact says about itself; its content, and so its fingerprint, stays.
+
+    Each file is replaced as a whole. Stopped between two, `verify` names the file; doing it again repairs that.
+
+    Args:
+        extra: further or other facts for the manifest.
+        documentation: names among DOCUMENTATION → texts.
+    """
+    path = read(path).path
+    record = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    record["extra"].update(extra)
+    for name, text in documentation.items():
+        if name not in DOCUMENTATION:
+            raise ValueError(f"{name} is content, not documentation")
+        with atomic_file(path / name) as out:
+            out.write(text)
+        record["files"][name] = checksum(path / name)
+    with atomic_file(path / MANIFEST) as out:
+        json.dump(record, out, indent=1, ensure_ascii=False)
+        out.write("\n")
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """The path of ``name`` in ``folder``, for a name that a manifest or another file gives.
+
+    Raises:
+        InputError: it is absolute, leads out of the folder, or is no name of a file.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if "" in parts or "." in parts or ".." in parts or any(ord(letter) < 32 for letter in name):
+        raise InputError(f"the name {name!r} does not stay inside this folder", folder)
+    return Path(folder) / name
 
 
 @contextlib.contextmanager
@@ -196,6 +252,38 @@ def versions() -> dict[str, str]:
     return found
 
 
+class _Facts(dict):
+    """Facts of a manifest; asking for one that it does not have is an InputError."""
+
+    def __init__(self, values: Mapping[str, Any], section: str, file: Path):
+        super().__init__(values)
+        self._section, self._file = section, file
+
+    def __missing__(self, key: str) -> Any:
+        raise InputError(f"{self._section}: '{key}' is missing", self._file)
+
+    def __reduce__(self):
+        return _Facts, (dict(self), self._section, self._file)
+
+
+def _facts(record: Mapping[str, Any], section: str, file: Path) -> Any:
+    values = record[section]
+    return _Facts(values, section, file) if isinstance(values, dict) else values
+
+
+def _check_types(manifest: Manifest, file: Path) -> None:
+    for name in ("counts", "config", "inputs", "extra", "files"):
+        if not isinstance(getattr(manifest, name), Mapping):
+            raise InputError(f"not a manifest: {name} is not an object", file)
+    for name in ("kind", "fingerprint"):
+        if not isinstance(getattr(manifest, name), str):
+            raise InputError(f"not a manifest: {name} is not text", file)
+    for name, digest in manifest.files.items():
+        inside(manifest.path, name)
+        if not isinstance(digest, str):
+            raise InputError(f"not a manifest: the checksum of {name} is not text", file)
+
+
 def _why_absent(path: Path, kind: str | None) -> str:
     what = f"{kind} artifact" if kind else "artifact"
     if not path.exists():
@@ -216,7 +304,8 @@ def _describe_inputs(inputs: Mapping[str, str | Path]) -> dict[str, dict[str, st
 
 
 def _fingerprint(files: Mapping[str, str]) -> str:
-    return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in sorted(files.items())).encode()).hexdigest()
+    lines = [f"{name} {digest}" for name, digest in sorted(files.items()) if name not in DOCUMENTATION]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def checksum(path: str | Path) -> str:
@@ -237,8 +326,10 @@ def _fsync(path: Path) -> None:
 
 
 def _replace_directory(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; an old ``target`` is moved aside first and removed last."""
-    if target.exists():
+    """Rename ``source`` to ``target``; an old one changes places with it, or is moved aside, and is removed last."""
+    if target.exists() and _exchange(source, target):
+        shutil.rmtree(source)
+    elif target.exists():
         old = target.with_name(target.name + ".old")
         if old.exists():
             shutil.rmtree(old)
@@ -248,6 +339,16 @@ def _replace_directory(source: Path, target: Path) -> None:
     else:
         os.rename(source, target)
     _fsync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step, so that there is no moment without either (Linux); False where it cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _umask() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -11,6 +12,11 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from lexmae.errors import InputError
+
+# Environment of a launcher: rank, number of ranks, rank and number of ranks on this host, number of hosts.
+_LAUNCHERS = [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+               "OMPI_COMM_WORLD_LOCAL_SIZE", ""),
+              ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "", "SLURM_NNODES")]
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -29,6 +35,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoReturn:
     """Run a command's ``main(argv)`` and exit: 0, its own code, 2 for bad input, 130 for Ctrl-C."""
+    _adopt_launcher()
     try:
         code = main(argv)
     except InputError as error:
@@ -46,6 +53,22 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoRet
     _leave(code or 0)
 
 
+def _adopt_launcher() -> None:
+    """Take rank and number of ranks from SLURM or OpenMPI, where one of them started this process as one of several.
+
+    They are told from a shell within a job by MASTER_ADDR and MASTER_PORT, which the user gives.
+    """
+    if "RANK" in os.environ or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return
+    for rank, world, local_rank, local_size, nodes in _LAUNCHERS:
+        if rank in os.environ and world in os.environ:
+            ranks = int(os.environ[world])
+            own = os.environ.get(local_size) or str(ranks // max(1, int(os.environ.get(nodes, "1"))))
+            os.environ.update(RANK=os.environ[rank], WORLD_SIZE=str(ranks), LOCAL_RANK=os.environ[local_rank],
+                              LOCAL_SIZE=own)
+            return
+
+
 def _leave(code: int) -> NoReturn:
     """Exit; a rank of several leaves without the interpreter's clean-up.
 
@@ -61,9 +84,14 @@ def _leave(code: int) -> NoReturn:
 
 
 def _complain(reason: str) -> None:
-    """The one line; every rank of a run finds the same fault, so rank 0 speaks for all."""
+    """The one line; every rank of a machine finds the same fault, so its first speaks for all.
+
+    On several machines each may have a fault of its own: those without rank 0 say their name.
+    """
     if is_main_rank():
         print(f"error: {reason}", file=sys.stderr)
+    elif os.environ.get("LOCAL_RANK") == "0":
+        print(f"error: on {socket.gethostname()}: {reason}", file=sys.stderr)
 
 
 def is_main_rank() -> bool:
@@ -78,6 +106,15 @@ def say(message: str) -> None:
         sys.stderr.flush()
 
 
+_hidden = False
+
+
+def hide_progress() -> None:
+    """No progress bars from here on: for a server, whose every request would draw some."""
+    global _hidden
+    _hidden = True
+
+
 def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it",
              disable: bool = False, initial: int = 0) -> tqdm:
     """A progress bar with rate and time left on stderr; silent on ranks other than 0.
@@ -85,5 +122,6 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
     Without a terminal it prints a line every 30 seconds instead of redrawing.
     """
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=disable or not is_main_rank(), initial=initial,
+    disable = disable or _hidden or not is_main_rank()
+    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=disable, initial=initial,
                 mininterval=interval, dynamic_ncols=True, smoothing=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -13,6 +14,12 @@ from typing import Any
 import yaml
 
 from lexmae.errors import InputError
+
+_LARGEST = 100_000  # entries of a recipe
+# What other trainers call our keys.
+_OTHER_NAMES = {"learning_rate": "lr", "batch_size": "batch", "max_steps": "steps", "num_train_epochs": "epochs",
+                "warmup_steps": "warmup", "warmup_ratio": "warmup", "max_grad_norm": "clip",
+                "gradient_clipping": "clip", "model_name_or_path": "init", "output_dir": "output"}
 
 
 def load(path: str | Path, kind: type, overrides: Sequence[str] = ()) -> Any:
@@ -55,18 +62,23 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:
         text = path.read_text(encoding="utf-8")
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError) as error:
         mark = getattr(error, "problem_mark", None)
         raise InputError(f"not YAML: {getattr(error, 'problem', None) or error}", path,
                          mark.line + 1 if mark else None) from error
     if not isinstance(values, dict):
         raise InputError("a recipe is a mapping of keys to values", path)
     lines: dict[tuple, int] = {}
-    _collect_lines(tree, (), lines, path)
+    try:
+        _collect_lines(tree, (), lines, path)
+    except RecursionError as error:
+        raise InputError("nested too deeply, or an alias stands inside what it names", path) from error
     return values, lines
 
 
 def _collect_lines(node: yaml.Node, where: tuple, lines: dict[tuple, int], path: Path) -> None:
+    if len(lines) > _LARGEST:  # a few aliases of aliases are enough for billions
+        raise InputError(f"has more than {_LARGEST} entries once its aliases are written out", path)
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
@@ -85,7 +97,7 @@ def _collect_lines(node: yaml.Node, where: tuple, lines: dict[tuple, int], path:
 def _parse_value(override: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError) as error:
         raise InputError(f"--set {override}: the value is not YAML") from error
 
 
@@ -116,7 +128,7 @@ def _build(kind: type, values: Any, where: tuple, path: Path, lines: Mapping[tup
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in fields:
-            fail(f"unknown key; known are {', '.join(fields)}", (*where, str(key)))
+            fail(f"unknown key{_suggestion(str(key), kind)}; known are {', '.join(fields)}", (*where, str(key)))
     built = {}
     for name, item in fields.items():
         if name in values:
@@ -131,6 +143,24 @@ def _build(kind: type, values: Any, where: tuple, path: Path, lines: Mapping[tup
         at = (*where, key) if (*where, key) in lines else where
         prefix = ".".join((*where, ""))
         raise InputError(f"{prefix}{error.reason}", path, lines.get(at)) from error
+
+
+def _suggestion(key: str, kind: type) -> str:
+    """` (did you mean '…'?)` for a key that is written like a known one of this section or of a section within."""
+    known = {path.rpartition(".")[2]: path for path in reversed(_paths(kind))}
+    names = {**{other: known[own] for other, own in _OTHER_NAMES.items() if own in known}, **known}
+    near = difflib.get_close_matches(key.lower(), names, 1, 0.7)
+    return f" (did you mean '{names[near[0]]}'?)" if near else ""
+
+
+def _paths(kind: type) -> list[str]:
+    """All keys of a dataclass, those of its sections with the section before them."""
+    found = []
+    for name, hint in typing.get_type_hints(kind).items():
+        found.append(name)
+        if dataclasses.is_dataclass(hint):
+            found += [f"{name}.{inner}" for inner in _paths(hint)]
+    return found
 
 
 def _convert(hint: Any, value: Any, where: tuple, path: Path, lines: Mapping, fail, default: Any) -> Any:
@@ -164,6 +194,8 @@ def _scalar(hint: type, value: Any, where: tuple, fail) -> Any:
         return number if math.isfinite(number) else fail(f"a number is needed, not {value!r}", where)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
+    if type(value) is str and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+        fail(f"text is needed, not {value!r}", where)
     if type(value) is not hint:
         names = {int: "a whole number", bool: "true or false", str: "text"}
         fail(f"{names.get(hint, hint.__name__)} is needed, not {value!r}", where)

@@ -92,7 +92,8 @@ def test_a_tokenizer_without_segments_has_none():
 
 def test_a_batch_moves_as_a_whole(ranking):
     moved = ranking(batch=2)(0).to(torch.device("meta"))
-    tensors = [*moved.queries.arguments().values(), *moved.docs[0].arguments().values(), moved.exclude, moved.doc_order]
+    tensors = [*moved.queries[0].arguments().values(), *moved.docs[0].arguments().values(), moved.exclude,
+               moved.doc_order, moved.query_order, moved.teacher_scores]
     assert all(tensor.device.type == "meta" for tensor in tensors) and moved.n_docs == 4
 
 
@@ -161,7 +162,7 @@ def lists(tiny_shards, tmp_path_factory) -> draws.NegativeLists:
     random = np.random.default_rng(3)
     write_negatives(folder / "n.jsonl", ((f"t{i}", [f"d{j}" for j in random.permutation(41)[:10]], None)
                                          for i in range(13) if i != 3))
-    draws.build(tiny_shards, "train", folder / "n.jsonl", 10, folder / "lists")
+    draws.build(tiny_shards, "train", NegativesConfig(str(folder / "n.jsonl"), depth=10), folder / "lists")
     return draws.NegativeLists(folder / "lists")
 
 
@@ -188,7 +189,8 @@ def names(shards, batch) -> tuple[list[str], np.ndarray]:
     assert len(query_of) == 13 and len(doc_of) == 41  # texts tell which is which
     docs = [doc_of[text] for chunk in batch.docs for text in texts(chunk)]
     ordered = np.array(docs)[batch.doc_order.numpy()].reshape(-1, batch.n_docs)
-    return [query_of[text] for text in texts(batch.queries)], ordered
+    asked = np.array([query_of[text] for chunk in batch.queries for text in texts(chunk)])
+    return asked[batch.query_order.numpy()].tolist(), ordered
 
 
 def positives(shards) -> dict[str, set[str]]:
@@ -218,7 +220,7 @@ def test_negatives_come_from_the_lists_and_are_drawn_afresh(tiny_shards, ranking
         for query, docs in zip(*names(tiny_shards, data(step)), strict=True):
             seen.setdefault(query, []).append(frozenset(docs[1:]))
     for query, drawn in seen.items():
-        pool = set(tiny_shards.docs.ids(lists._slice("negatives", rows[query])))
+        pool = set(tiny_shards.docs.ids(lists._sources[0].rows[lists._sources[0].part(rows[query])]))
         if query == "t3":
             assert not pool and len(set().union(*drawn)) > 25  # random passages
         else:
@@ -229,6 +231,7 @@ def test_negatives_come_from_the_lists_and_are_drawn_afresh(tiny_shards, ranking
 def test_chunks_are_bounded_and_the_longest_comes_first(ranking):
     batch = ranking(micro_batch=5)(0)
     assert [len(chunk.input_ids) for chunk in batch.docs] == [5, 5, 5, 5, 4]
+    assert [len(chunk.input_ids) for chunk in batch.queries] == [5, 1]
     lengths = [n for chunk in batch.docs for n in chunk.attention_mask.sum(1).tolist()]
     assert lengths == sorted(lengths, reverse=True)
     assert sorted(batch.doc_order.tolist()) == list(range(24))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lexmae import artifact
+from lexmae.config import NegativesConfig, NegativeSource
 from lexmae.data import draws
 from lexmae.data.negatives import write_negatives
 from lexmae.data.randomness import KeyedRandom
@@ -20,7 +21,7 @@ def build(tiny_shards, tmp_path):
         if rows is not None:
             source = tmp_path / "n.jsonl"
             write_negatives(source, ((qid, names, None) for qid, names in rows.items()))
-        draws.build(tiny_shards, split, source, depth, tmp_path / "lists")
+        draws.build(tiny_shards, split, NegativesConfig(str(source or ""), depth=depth), tmp_path / "lists")
         return draws.NegativeLists(tmp_path / "lists")
     return make
 
@@ -31,7 +32,7 @@ def row(shards, qid: str) -> int:
 
 def draw(lists, queries, count: int, examples=None, seed: int = 1) -> np.ndarray:
     examples = np.arange(len(queries)) if examples is None else np.asarray(examples)
-    return lists.draw(np.asarray(queries), count, KeyedRandom(seed, examples), 8)
+    return lists.draw(np.asarray(queries), count, KeyedRandom(seed, examples), 8)[0]
 
 
 def names(shards, rows) -> list[str]:
@@ -125,8 +126,130 @@ def test_what_is_written_says_where_it_comes_from(tiny_shards, build, tmp_path, 
     manifest = artifact.read(tmp_path / "lists", "negatives")
     assert manifest.inputs["shards"]["fingerprint"] == tiny_shards.manifest.fingerprint
     assert manifest.inputs["negatives"]["path"].endswith("n.jsonl")
-    assert manifest.config == {"split": "train", "depth": 7}
-    assert manifest.counts == {"queries": 12, "without_negatives": 11, "documents": 41}
+    source = {"path": str(tmp_path / "n.jsonl"), "share": 1.0, "skip": 0, "depth": 7}
+    assert manifest.config == {"split": "train", "sources": [source], "filter_margin": None, "filter_ratio": None}
+    left_out = {"positives": 0, "above_margin": 0, "above_ratio": 0, "queries_without_scores": 0}
+    assert manifest.counts == {"queries": 12, "without_negatives": 11, "documents": 41,
+                               "sources": [{"kept": 1, **left_out}]}
     assert "11 of 12 queries have no hard negatives" in capsys.readouterr().err
     build({"t0": ["d21"]})  # a new run replaces them
     assert artifact.read(tmp_path / "lists").fingerprint != manifest.fingerprint
+
+
+# ------------------------------------------------------------------------------------- several sources and filters
+
+
+def several(shards, folder, sources: list[dict[str, list[str]]], **options) -> draws.NegativeLists:
+    """Lists of several files; ``options`` are lists of shares, skips and depths, or further settings."""
+    given = []
+    for i, rows in enumerate(sources):
+        write_negatives(folder / f"{i}.jsonl", rows.items())
+        own = {name: values[i] for name, values in options.items() if isinstance(values, list)}
+        given.append(NegativeSource(str(folder / f"{i}.jsonl"), **own))
+    draws.build(shards, "train", NegativesConfig(sources=tuple(given)), folder / "lists")
+    return draws.NegativeLists(folder / "lists")
+
+
+def test_one_source_is_drawn_from_as_its_noise_orders_it(tiny_shards, build):
+    pool = [f"d{i}" for i in range(20, 30)]
+    lists, examples = build({"t0": pool}), np.arange(50)
+    noise = KeyedRandom(1, examples).uniform(8, 10)
+    expected = tiny_shards.docs.rows(pool)[np.argsort(noise, axis=1, kind="stable")[:, :4]]
+    assert np.array_equal(draw(lists, [row(tiny_shards, "t0")] * 50, 4, examples), expected)
+
+
+@pytest.mark.parametrize("shares", [[1.0, 1.0], [3.0, 1.0], [0.5, 0.2, 0.3], [1.0, 9.0]])
+def test_sources_give_their_shares(tiny_shards, tmp_path, shares):
+    pools = [[f"d{i}" for i in range(1 + 9 * part, 10 + 9 * part)] for part in range(len(shares))]
+    lists = several(tiny_shards, tmp_path, [{"t0": pool} for pool in pools], share=shares)
+    drawn = draw(lists, [row(tiny_shards, "t0")] * 3000, 5)
+    assert all(len(set(found)) == 5 for found in drawn.tolist())
+    for pool, share in zip(pools, np.array(shares) / sum(shares), strict=True):
+        each = np.isin(drawn, tiny_shards.docs.rows(pool)).sum(1)
+        assert abs(each.mean() - 5 * share) < 0.04
+        assert set(each.tolist()) <= {int(np.floor(5 * share)), int(np.ceil(5 * share))}, "never far from the share"
+
+
+def test_ranks_of_a_source(tiny_shards, tmp_path):
+    ranked = ["d0"] + [f"d{i}" for i in range(20, 30)]  # d0 is t0's positive and takes no rank
+    lists = several(tiny_shards, tmp_path, [{"t0": ranked}, {"t0": ranked}], skip=[2, 7], depth=[5, 9])
+    drawn = draw(lists, [row(tiny_shards, "t0")] * 300, 2)
+    assert set(names(tiny_shards, drawn)) == {"d22", "d23", "d24", "d27", "d28"}
+    for found in drawn.tolist():
+        kinds = {name in ("d22", "d23", "d24") for name in names(tiny_shards, found)}
+        assert kinds == {True, False}, "one of each source"
+
+
+def test_no_document_twice_and_other_sources_step_in(tiny_shards, tmp_path):
+    sources = [{"t0": ["d20", "d21"]}, {"t0": ["d21", "d22", "d23", "d24", "d25"]}, {"t1": ["d1"]}]
+    lists = several(tiny_shards, tmp_path, sources)
+    for found in draw(lists, [row(tiny_shards, "t0")] * 200, 6).tolist():
+        assert set(names(tiny_shards, found)) == {f"d{i}" for i in range(20, 26)}
+    for found in draw(lists, [row(tiny_shards, "t0")] * 50, 9).tolist():
+        counts = np.unique(found, return_counts=True)[1]
+        assert len(counts) == 6 and counts.max() == 2, "repeated evenly"
+
+
+SCORED = {"t0": (["d20", "d21", "d22", "d23", "d24"], [9.5, 8.0, 7.0, 3.0, -1.0], {"d0": 10.0}),
+          "t1": (["d25", "d26"], [-3.0, -1.5], {"d3": -2.0})}
+
+
+def scored(shards, folder, rows=SCORED, distil: bool = False, **options) -> draws.NegativeLists:
+    write_negatives(folder / "n.jsonl", ((qid, *row) for qid, row in rows.items()))
+    draws.build(shards, "train", NegativesConfig(str(folder / "n.jsonl"), **options), folder / "lists", distil=distil)
+    return draws.NegativeLists(folder / "lists")
+
+
+@pytest.mark.parametrize("options, first, second", [
+    ({"filter_margin": 2.5}, {"d22", "d23", "d24"}, set()),  # up to 7.5; up to -4.5
+    ({"filter_margin": 0.0}, {"d20", "d21", "d22", "d23", "d24"}, {"d25"}),
+    ({"filter_ratio": 0.7}, {"d22", "d23", "d24"}, {"d25"}),  # up to 7; up to -2.6
+    ({"filter_ratio": 1.0}, {"d20", "d21", "d22", "d23", "d24"}, {"d25"}),
+    ({"filter_margin": 1.0, "filter_ratio": 0.5}, {"d23", "d24"}, {"d25"}),
+])
+def test_filters_by_hand(tiny_shards, tmp_path, options, first, second, capsys):
+    lists = scored(tiny_shards, tmp_path, **options)
+    for query, expected in (("t0", first), ("t1", second)):
+        part = lists._sources[0].part(row(tiny_shards, query))
+        assert set(names(tiny_shards, lists._sources[0].rows[part])) == expected
+    counts = artifact.read(tmp_path / "lists").counts["sources"][0]
+    assert counts["kept"] == len(first) + len(second)
+    assert counts["kept"] + counts["above_margin"] + counts["above_ratio"] == 7
+    assert f"{counts['kept']} negatives kept" in capsys.readouterr().err
+
+
+def test_filters_need_scores(tiny_shards, tmp_path):
+    unscored = {"t0": (["d20"], None, {"d0": 1.0}), "t1": (["d25"], [1.0], None)}
+    with pytest.raises(InputError, match="n.jsonl: has no scores of negatives and positives, which filters need"):
+        scored(tiny_shards, tmp_path, unscored, filter_margin=1.0)
+    assert not (tmp_path / "lists").exists()
+    scored(tiny_shards, tmp_path, {**unscored, "t2": (["d20"], [0.0], {"d6": 5.0})}, filter_margin=1.0)
+    assert artifact.read(tmp_path / "lists").counts["sources"][0]["queries_without_scores"] == 2
+
+
+def test_scores_come_with_what_is_drawn(tiny_shards, tmp_path):
+    lists = scored(tiny_shards, tmp_path)
+    expected = {query: dict(zip(docs, scores, strict=True)) for query, (docs, scores, _) in SCORED.items()}
+    rows, scores = lists.draw(np.array([row(tiny_shards, "t0"), row(tiny_shards, "t1"), row(tiny_shards, "t3")]), 4,
+                              KeyedRandom(1, np.arange(3)), 8)
+    for query, docs, found in zip(("t0", "t1"), rows, scores, strict=False):
+        assert [expected[query][name] for name in names(tiny_shards, docs)] == found.tolist()
+    assert np.isnan(scores[2]).all(), "random documents have no score"
+    pairs = dict(zip(map(tuple, lists.judged_pairs().tolist()), lists.pair_scores().tolist(), strict=True))
+    known = {tiny_shards.queries("train").id(q): score for (q, _), score in pairs.items() if not np.isnan(score)}
+    assert known == {"t0": 10.0, "t1": -2.0}
+
+
+def test_distillation_trains_on_what_the_teacher_knows(tiny_shards, tmp_path, capsys):
+    rows = {**SCORED, "t2": (["d20", "d21"], [1.0, 2.0], {"d1": 4.0}), "t4": (["d20"], None, None)}
+    lists = scored(tiny_shards, tmp_path, rows, distil=True)
+    queries = tiny_shards.queries("train").ids()
+    pairs = {(queries[q], tiny_shards.docs.id(d)) for q, d in lists.judged_pairs().tolist()}
+    assert pairs == {("t0", "d0"), ("t1", "d3"), ("t2", "d1")}, "t2 has further positives without scores"
+    assert np.isfinite(lists.pair_scores()).all()
+    assert "13 of 16 pairs are left out" in capsys.readouterr().err
+    assert set(names(tiny_shards, lists.judged(row(tiny_shards, "t2")))) == {"d1", "d2", "d6"}, "still no negatives"
+    with pytest.raises(InputError, match="has no scores, which distillation learns from"):
+        scored(tiny_shards, tmp_path, {"t0": (["d20"], None, None)}, distil=True)
+    with pytest.raises(InputError, match="no judged pair of the split 'train' has a teacher's scores"):
+        scored(tiny_shards, tmp_path, {"t0": (["d20"], [1.0], None)}, distil=True)

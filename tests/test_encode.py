@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_model
+from threads import thread_hosts
 
 from lexmae import artifact
 from lexmae.errors import InputError
@@ -248,9 +249,9 @@ def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, m
         yield local.rank, world, torch.device("cpu")
 
     monkeypatch.setattr(blocks, "ranks", ranks)
-    monkeypatch.setattr(blocks, "barrier", lambda _: barrier.wait(60))
+    monkeypatch.setattr(blocks, "Hosts", thread_hosts(local, barrier))
     encoder = SparseEncoder.load(model_dir)  # transformers cannot load in several threads at once
-    monkeypatch.setattr(encode.SparseEncoder, "load", lambda _: encoder)
+    monkeypatch.setattr(encode.SparseEncoder, "load", lambda *_, **__: encoder)
 
     def work(rank: int) -> None:
         local.rank = rank

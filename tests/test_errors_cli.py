@@ -122,3 +122,22 @@ cli.run(lambda argv: print("done") or 5)
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                               env={**os.environ, "WORLD_SIZE": world})
         assert (done.returncode, done.stdout.split("\n")[:-1]) == (5, lines)
+
+
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+      "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, ["5", "8", "1", "4"]),
+    ({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_NNODES": "2", "MASTER_ADDR": "a",
+      "MASTER_PORT": "1"}, ["9", "16", "1", "8"]),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}, [None] * 4),  # a shell within a job
+    ({"SLURM_PROCID": "3", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3", "RANK": "0", "MASTER_ADDR": "a",
+      "MASTER_PORT": "1"}, ["0", None, None, None])])
+def test_ranks_of_slurm_and_openmpi_are_taken(monkeypatch, environment, expected):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cli._adopt_launcher()
+    assert [os.environ.get(name) for name in names] == expected

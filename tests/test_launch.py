@@ -12,12 +12,14 @@ from launching import TINY, log, run
 from safetensors.torch import load_file
 
 from lexmae import artifact
+from lexmae.data.negatives import write_negatives
 
 STEPS = 6
 SECTIONS = {
     "pretrain": {"optimization": {"lr": 1e-3, "batch": 8, "micro_batch": 2, "steps": STEPS, "clip": 1.0}},
     "finetune": {"optimization": {"lr": 1e-3, "batch": 4, "micro_batch": 5, "steps": STEPS, "clip": 1.0},
-                 "negatives": {"per_query": 2}, "loss": {"lambda_docs": 0.01, "lambda_ramp": 0.5}},
+                 "negatives": {"per_query": 2},
+                 "loss": {"lambda_docs": 0.01, "lambda_ramp": 0.5, "active_terms": {"docs": 20, "queries": 5}}},
     "rerank": {"optimization": {"lr": 1e-3, "batch": 4, "micro_batch": 1, "steps": STEPS, "clip": 1.0},
                "negatives": {"per_query": 2}, "max_length": 32},
 }
@@ -65,13 +67,49 @@ def test_two_ranks_learn_what_one_learns(kind, stage, alone, shards_dir, tmp_pat
         torch.testing.assert_close(got[name], tensor, atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
+def scored_negatives(folder: Path, name: str, first: int) -> dict:
+    """A source of ten scored negatives for every query."""
+    write_negatives(folder / f"{name}.jsonl", (
+        (f"t{i}", [f"d{(first + 3 * i + j) % 41}" for j in range(10)], [0.3 * j - i for j in range(10)],
+         {f"d{j}": 5.0 for j in range(41)}) for i in range(13)))
+    return {"path": str(folder / f"{name}.jsonl"), "depth": 9}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_ranks_distil_what_one_distils(stage, shards_dir, tmp_path):
+    """Distillation from stored scores of two sources, pruned, L1: whole on one rank, in chunks on two."""
+    sources = [scored_negatives(tmp_path, "near", 1), {**scored_negatives(tmp_path, "far", 20), "share": 2.0}]
+    changes = {"negatives": {"per_query": 3, "sources": sources, "filter_margin": 0.5},
+               "loss": {"lambda_docs": 0.001, "regulariser_docs": "l1", "regulariser_queries": "df_flops",
+                        "top_k_docs": 20, "contrastive_weight": 0.2, "distillation": "kl"}}
+    whole = {**SECTIONS["finetune"]["optimization"], "micro_batch": None}
+    recipe = write_recipe(tmp_path / "one", "finetune", shards_dir, optimization=whole, **changes)
+    run(["launch/finetune.py", str(recipe)])
+    changes["deepspeed"] = f"ds_configs/fp32_zero{stage}.json"
+    recipe = write_recipe(tmp_path / "two", "finetune", shards_dir, **changes)
+    run(["launch/finetune.py", str(recipe)], ranks=2)
+    one, two = log(tmp_path / "one" / "run"), log(tmp_path / "two" / "run")
+    assert len(one) == len(two) == STEPS and one[0]["loss_distillation"] > 0
+    for a, b in zip(one, two, strict=True):
+        for name in (k for k in a if k.startswith(("loss", "l1", "df_flops", "terms", "grad"))):
+            assert b[name] == pytest.approx(a[name], abs=1e-4, rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_models_have_a_card(alone):
+    for kind, folder in alone.items():
+        text, last = (folder / "model" / "README.md").read_text(encoding="utf-8"), log(folder)[-1]
+        assert f"| Loss | {last['loss']:.4g} |" in text and "| Documents | 41 |" in text and "seed: 42" in text
+        assert ("| Active terms of a document |" in text) == (kind == "finetune")
+        artifact.verify(folder / "model")
+
+
 @pytest.mark.slow
 def test_losses_fall(alone):
     for folder in alone.values():
         losses = [line["loss"] for line in log(folder)]
         assert losses[-1] < losses[0]
-
-
 
 
 @pytest.mark.slow

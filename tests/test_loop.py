@@ -62,6 +62,9 @@ class Squares:
     def sizes(self, micro):
         return len(micro), 2 * len(micro)
 
+    def state_dict(self):
+        return {"seen": 3}
+
 
 @dataclass
 class Recorder:
@@ -79,7 +82,12 @@ class Recorder:
 def saved(monkeypatch) -> list[int]:
     """Steps at which a checkpoint was asked for."""
     steps: list[int] = []
-    monkeypatch.setattr(loop.checkpoint, "save", lambda engine, folder, step, config, keep: steps.append(step))
+
+    def save(engine, folder, step, config, keep, objective):
+        assert objective == {"seen": 3}
+        steps.append(step)
+
+    monkeypatch.setattr(loop.checkpoint, "save", save)
     return steps
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tiny_models import STRUCTURAL, batch, masked, tiny
 from torch import nn
 
-from lexmae.config import BottleneckConfig, LossConfig
+from lexmae.config import ActiveTermsConfig, BottleneckConfig, LossConfig
 from lexmae.data.batches import PretrainBatch, RankingBatch, TextBatch
 from lexmae.data.masking import IGNORE
 from lexmae.model.encoder import SparseEncoder
@@ -141,6 +141,7 @@ def texts() -> tuple[TextBatch, TextBatch]:
     return text(11, (7, 5)), text(12, LENGTHS)
 
 
+TEACHER = torch.tensor([[5.0, 1.0, -2.0], [0.5, 0.75, 0.25]])
 EXCLUDE = torch.tensor([[0, 1], [4, 2]])
 ORDER = torch.tensor([3, 0, 5, 1, 4, 2])  # of the documents in the texts
 
@@ -149,7 +150,7 @@ def ranking_batch(texts, chunk: int) -> RankingBatch:
     queries, docs = texts
     parts = [TextBatch(**{name: value[i:i + chunk, :LENGTHS[i]] for name, value in docs.arguments().items()})
              for i in range(0, len(LENGTHS), chunk)]
-    return RankingBatch(queries, parts, ORDER, N_DOCS, EXCLUDE)
+    return RankingBatch([queries], torch.arange(2), parts, ORDER, N_DOCS, EXCLUDE, TEACHER)
 
 
 def ranking_step(model, objective, data, at: int = 0, total: int = 10):
@@ -246,7 +247,8 @@ def test_gathering_comes_before_every_mean(texts):
         queries = TextBatch(**{k: v[rank:rank + 1] for k, v in texts[0].arguments().items()})
         own = ORDER[rank * N_DOCS:(rank + 1) * N_DOCS]
         docs = TextBatch(**{k: v[own] for k, v in texts[1].arguments().items()})
-        share = RankingBatch(queries, [docs], torch.arange(N_DOCS), N_DOCS, EXCLUDE)
+        share = RankingBatch([queries], torch.arange(1), [docs], torch.arange(N_DOCS), N_DOCS, EXCLUDE,
+                             TEACHER[rank:rank + 1])
 
         def gather(rows: torch.Tensor, rank=rank) -> torch.Tensor:
             with torch.no_grad():
@@ -261,3 +263,109 @@ def test_gathering_comes_before_every_mean(texts):
         total += metrics["loss"].item()
     assert total == pytest.approx(expected["loss"], rel=1e-5)
     assert_same(gradients(model), expected_gradients, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------- distillation, pruning, budgets
+
+
+def distilling(texts, chunk: int = 6, gather=lambda rows: rows, world: int = 1, teacher=None, **options):
+    model = RankingModel(SparseEncoder(tiny()))
+    objective = RankingObjective(LossConfig(lambda_docs=0.0, **options), gather, world, teacher)
+    return ranking_step(model, objective, ranking_batch(texts, chunk))
+
+
+@pytest.mark.parametrize("kind", ["kl", "margin_mse"])
+def test_distillation_joins_the_contrastive_loss(texts, kind):
+    plain, _ = distilling(texts)
+    found, found_gradients = distilling(texts, contrastive_weight=0.2, distillation=kind, distillation_weight=0.5)
+    assert found["loss_contrastive"] == pytest.approx(plain["loss_contrastive"])
+    assert found["loss"] == pytest.approx(0.2 * found["loss_contrastive"] + 0.5 * found["loss_distillation"], rel=1e-5)
+    with torch.no_grad():
+        queries, docs = RankingModel(SparseEncoder(tiny()))(ranking_batch(texts, 6))
+    student = torch.stack([docs[N_DOCS * i:N_DOCS * (i + 1)] @ queries[i] for i in range(2)])
+    if kind == "kl":
+        expected = F.kl_div(student.log_softmax(1), TEACHER.softmax(1), reduction="batchmean")
+    else:
+        expected = ((student[:, :1] - student[:, 1:]) - (TEACHER[:, :1] - TEACHER[:, 1:])).square().mean()
+    assert found["loss_distillation"] == pytest.approx(expected.item(), rel=1e-4)
+    _, in_chunks = distilling(texts, 2, contrastive_weight=0.2, distillation=kind, distillation_weight=0.5)
+    assert_same(in_chunks, found_gradients, atol=1e-4)
+
+
+def test_a_teacher_may_score_the_batch_itself(texts):
+    stored, _ = distilling(texts, distillation="kl")
+    found, _ = distilling(texts, distillation="kl", teacher=lambda batch: 2 * batch.teacher_scores)
+    assert found["loss_distillation"] != pytest.approx(stored["loss_distillation"])
+    again, _ = distilling(texts, distillation="kl", teacher=lambda batch: batch.teacher_scores + 7)
+    assert again["loss_distillation"] == pytest.approx(stored["loss_distillation"], rel=1e-4)
+
+
+def test_top_k_in_training_keeps_the_largest_and_their_gradients(texts):
+    model = RankingModel(SparseEncoder(tiny()))
+    objective = RankingObjective(LossConfig(top_k_docs=4, top_k_queries=2), lambda rows: rows, 1)
+    found, gradient = ranking_step(model, objective, ranking_batch(texts, 2))
+    assert found["terms_docs"] == 4 and found["terms_queries"] == 2
+    _, whole = ranking_step(model, RankingObjective(LossConfig(), lambda rows: rows, 1), ranking_batch(texts, 2))
+    assert any(not torch.equal(gradient[name], whole[name]) for name in whole)
+
+
+def test_a_budget_moves_lambda_and_its_state_goes_on(texts):
+    config = LossConfig(lambda_docs=0.1, active_terms=ActiveTermsConfig(docs=3, queries=500))
+    model, data = RankingModel(SparseEncoder(tiny())), ranking_batch(texts, 6)
+    objective = RankingObjective(config, lambda rows: rows, 1)
+    seen = [ranking_step(model, objective, data, at)[0] for at in range(4)]
+    assert seen[0]["lambda_docs"] == pytest.approx(0.1) and seen[0]["lambda_queries"] == pytest.approx(0.075)
+    docs, queries = ([step[name] for step in seen] for name in ("lambda_docs", "lambda_queries"))
+    assert docs == sorted(docs) and docs[3] > docs[1] > 0.1, "too many terms: λ grows"
+    assert queries[3] < queries[1] < 0.075, "too few: it falls"
+    other = RankingObjective(config, lambda rows: rows, 1)
+    other.load_state_dict(objective.state_dict())
+    assert ranking_step(model, other, data, 4)[0] == ranking_step(model, objective, data, 4)[0]
+
+
+# -------------------------------------------------------------------------------------------- large batches
+
+
+def big(queries: int, n_docs: int, chunk: int) -> RankingBatch:
+    """Full-length texts of 12 tokens in chunks."""
+    def chunks(count: int, seed: int) -> list[TextBatch]:
+        whole = text(seed, (12,) * count)
+        return [TextBatch(**{name: value[i:i + chunk] for name, value in whole.arguments().items()})
+                for i in range(0, count, chunk)]
+
+    docs = queries * n_docs
+    return RankingBatch(chunks(queries, 1), torch.arange(queries), chunks(docs, 2), torch.arange(docs), n_docs,
+                        torch.zeros((2, 0), dtype=torch.int64), torch.zeros(queries, n_docs))
+
+
+def test_recomputed_chunks_have_the_gradients_of_the_plain_computation():
+    lm = tiny().double()
+    objective = RankingObjective(LossConfig(lambda_docs=0.01), lambda rows: rows, 1)
+    _, plain = ranking_step(RankingModel(SparseEncoder(lm)), objective, big(32, 3, 96))
+    _, chunked = ranking_step(RankingModel(SparseEncoder(lm), recompute=True), objective, big(32, 3, 4))
+    assert plain.keys() == chunked.keys()
+    largest = max(gradient.abs().max() for gradient in plain.values())
+    for name, expected in plain.items():
+        assert (chunked[name] - expected).abs().max() < 1e-5 * largest, name
+
+
+def test_a_batch_of_512_queries_needs_the_activations_of_16():
+    """Bytes that autograd keeps between forward and backward, beyond the vectors themselves."""
+    kept = {}
+    for name, queries, recompute in (("plain 16", 16, False), ("chunks of 512", 512, True)):
+        model = RankingModel(SparseEncoder(tiny()), recompute)
+        seen: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, seen=seen) -> torch.Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        data = big(queries, 2, 16)
+        inputs = {t.untyped_storage().data_ptr() for chunk in (*data.queries, *data.docs)
+                  for t in chunk.arguments().values()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            vectors = model(data)
+        kept[name] = sum(size for place, size in seen.items() if place not in own | inputs)
+        assert len(vectors[1]) == 2 * queries
+    assert kept["chunks of 512"] < kept["plain 16"] / 4

@@ -146,7 +146,7 @@ def lists(tiny_shards, tmp_path_factory) -> draws.NegativeLists:
     random = np.random.default_rng(3)
     write_negatives(folder / "n.jsonl", ((f"t{i}", [f"d{j}" for j in random.permutation(41)[:10]], None)
                                          for i in range(13) if i != 3))
-    draws.build(tiny_shards, "train", folder / "n.jsonl", 10, folder / "lists")
+    draws.build(tiny_shards, "train", NegativesConfig(str(folder / "n.jsonl"), depth=10), folder / "lists")
     return draws.NegativeLists(folder / "lists")
 
 

@@ -21,7 +21,7 @@ from lexmae.data.negatives import write_negatives
 from lexmae.data.randomness import KeyedRandom
 from lexmae.data.shards import Shards, prepare
 from lexmae.errors import InputError
-from lexmae.retrieval import engines, maxp, metrics
+from lexmae.retrieval import anserini, engines, maxp, metrics
 from lexmae.retrieval.mining import Statistics, mine_run
 from lexmae.retrieval.runs import Run
 from lexmae.retrieval.vectors import SparseVectors, quantise
@@ -192,7 +192,7 @@ def test_command(long_dir, tmp_path, capsys):
 def build(shards, folder, rows, which="first", depth=100):
     source = folder / "n.jsonl"
     write_negatives(source, ((query, names, None) for query, names in rows.items()))
-    draws.build(shards, "train", source, depth, folder / "lists", which)
+    draws.build(shards, "train", NegativesConfig(str(source or ""), depth=depth), folder / "lists", which)
     return draws.NegativeLists(folder / "lists")
 
 
@@ -217,7 +217,7 @@ def test_positives_are_first_or_all_passages(long_shards, tmp_path, which):
 def test_no_passage_of_a_judged_document_is_a_negative(long_shards, tmp_path, which):
     lists = build(long_shards, tmp_path, {"t0": ["D1", "D1#2", "D9#1", "D0", "D4"], "t1": ["D4#1", "D2"]}, which)
     row = long_shards.queries("train").ids().index
-    drawn = lists.draw(np.array([row("t0"), row("t1"), row("t2")]), 40, KeyedRandom(1, np.arange(3)), 8)
+    drawn = lists.draw(np.array([row("t0"), row("t1"), row("t2")]), 40, KeyedRandom(1, np.arange(3)), 8)[0]
     first, second, third = (set(named(long_shards, rows)) for rows in drawn)
     assert first == {"D9#1", *(name for name in long_shards.docs.ids() if name.startswith("D4#")
                                and (which == "all" or name == "D4#0"))}
@@ -230,8 +230,9 @@ def test_other_passages_of_a_judged_document_take_no_part_in_the_batch(long_shar
     lists = build(long_shards, tmp_path, {"t1": ["D1#1", "D1#2"], "t2": ["D4#1"]})
     data = RankingData(long_shards, "train", lists, NegativesConfig(per_query=2), seed=1, batch=4, micro_batch=8)
     batch = data(0)
-    pairs = data._pairs[data._stream.rows(0, 4)[1]]
-    columns = named(long_shards, data._documents(np.arange(4), pairs).reshape(-1))
+    rows = data._stream.rows(0, 4)[1]
+    pairs = data._pairs[rows]
+    columns = named(long_shards, data._documents(np.arange(4), rows)[0].reshape(-1))
     queries = [long_shards.queries("train").ids()[q] for q in pairs[:, 0]]
     judged = {"t0": ("D0", "D1"), "t1": ("D4",), "t2": ("D8",)}
     expected = {(g, c) for g, query in enumerate(queries) for c, name in enumerate(columns)
@@ -290,6 +291,17 @@ def test_the_best_passage_ranks_its_document(index, hits):
     found = maxp.search(engines.open_index(folder / "index"), queries, hits, threads=1)
     assert dict(found) == brute_force(docs, queries, hits)
     assert list(found) == queries.ids and found.seconds > 0
+
+
+@pytest.mark.slow
+def test_anserini_ranks_documents_alike(index, tmp_path):
+    try:
+        anserini.find_java(), anserini.find_jar()
+    except InputError as error:
+        pytest.skip(str(error))
+    folder, docs, queries = index
+    engines.build(folder / "docs", "anserini", tmp_path / "a")
+    assert dict(maxp.search(engines.open_index(tmp_path / "a"), queries, 10)) == brute_force(docs, queries, 10)
 
 
 def test_search_command_and_any_mrr(index, tmp_path):

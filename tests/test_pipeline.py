@@ -54,6 +54,31 @@ def test_whole_cycle_then_nothing_to_do(beir_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_long_documents_go_through_the_cycle(long_dir, tmp_path):
+    """A stage with the model's own hard passages as negatives; runs that are measured rank documents."""
+    write_recipes(tmp_path, long_dir)
+    pipeline = yaml.safe_load((tmp_path / "pipeline.yaml").read_text(encoding="utf-8"))
+    pipeline |= {"pretrain": None, "evaluation": {"hits": 20}}
+    pipeline["prepare"] |= {"split_documents": True, "stride": 11}
+    pipeline["stages"][1] |= {"recipe": "second.yaml"}
+    stage = yaml.safe_load((tmp_path / "stage.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "stage.yaml").write_text(yaml.safe_dump({**stage, "model": TINY}), encoding="utf-8")
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump({**stage, "passages": "all"}), encoding="utf-8")
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline), encoding="utf-8")
+    run(["launch/pipeline.py", str(tmp_path)])
+    work = tmp_path / "work"
+    documents = {f"D{i}" for i in range(12)}
+    for file in ("bm25/run.trec", "stage1/run.trec", "stage2/run.trec"):
+        ranked = [line.split()[2] for line in (work / file).read_text(encoding="utf-8").splitlines()]
+        assert ranked and set(ranked) <= documents
+    names = [name for line in (work / "stage1/negatives.jsonl").read_text(encoding="utf-8").splitlines()
+             for name in json.loads(line)["negatives"]]
+    assert all("#" in name for name in names) and len(set(names)) > 3
+    means = json.loads((work / "stage2" / "metrics.json").read_text(encoding="utf-8"))["means"]
+    assert 0 < means["MRR@10"] <= means["MRR@100"] <= 1
+
+
+@pytest.mark.slow
 def test_changed_settings_replace_nothing_unasked(beir_dir, tmp_path):
     write_recipes(tmp_path, beir_dir)
     run(["launch/pipeline.py", str(tmp_path), "--until", "prepare"])

@@ -13,13 +13,14 @@ import yaml
 from conftest import judgements, write_model
 from launching import TINY, log, run
 
-from lexmae import artifact
-from lexmae.config import ProbeConfig
+from lexmae import artifact, recipe
+from lexmae.config import FinetuneRecipe, LoggingConfig, ProbeConfig
 from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
 from lexmae.retrieval import metrics
 from lexmae.retrieval.runs import Run
-from lexmae.train import probe
+from lexmae.train import probe, session
+from lexmae.train.engine import Engine
 
 FOUR = ProbeConfig(every=2, split="train", queries=4, documents=20)
 
@@ -102,6 +103,19 @@ def test_measures_are_those_of_the_retrieval_room(documents):
 def test_what_is_not_a_number_is_not_found():
     nothing = probe.measures(torch.full((2, 3), torch.nan), torch.ones(2, 3, dtype=torch.bool))
     assert nothing == {"probe_mrr_10": 0.0, "probe_recall_100": 0.0}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_and_random_state_are_put_back(training):
+    engine = SimpleNamespace(module=torch.nn.Sequential(torch.nn.Dropout()), device=torch.device("cpu"))
+    engine.module.train(training)
+    state = torch.get_rng_state()
+    with pytest.raises(OSError), Engine.evaluating(engine):
+        assert not engine.module[0].training and not torch.is_grad_enabled()
+        torch.rand(3)
+        raise OSError
+    assert engine.module[0].training == training and torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ------------------------------------------------------------------------------------------ one and two ranks
@@ -203,25 +217,33 @@ def test_a_document_is_as_good_as_its_best_passage(long_shards, tmp_path):
 
 # ----------------------------------------------------------------------------------------------- the best model
 
-SETTINGS = {"learned": {"lr": 0.1, "splits": ("a",)}, "probe": {"split": "dev"}}
-
-
-def keep(path, settings=SETTINGS, value: float = 0.25) -> None:
-    with artifact.create(path, "model", overwrite=True) as draft:
-        draft.extra["probe"] = {"probe_mrr_10": value, "step": 3, "settings": settings}
+def keep(path, value: float = 0.25) -> None:
+    with artifact.create(path, "model", config={"lr": 0.1}, overwrite=True) as draft:
+        draft.extra["probe"] = {"probe_mrr_10": value, "step": 3}
 
 
 def test_the_best_before_counts_only_with_the_same_settings(tmp_path):
-    assert probe.best_before(tmp_path / "best", SETTINGS) == -1
+    assert probe.best_before(tmp_path / "best", lambda config: True) == -1
     keep(tmp_path / "best")
-    assert probe.best_before(tmp_path / "best", SETTINGS) == 0.25
-    assert probe.best_before(tmp_path / "best", {**SETTINGS, "probe": {"split": "test"}}) == -1
+    assert probe.best_before(tmp_path / "best", lambda config: config == {"lr": 0.1}) == 0.25
+    assert probe.best_before(tmp_path / "best", lambda config: config == {"lr": 0.2}) == -1
+
+
+def test_which_settings_are_the_same():
+    def settings(**changes) -> dict:
+        return session._comparable(recipe.to_dict(FinetuneRecipe("d", **({"output": "o"} | changes))))
+
+    base = settings(probe=FOUR)
+    assert base == settings(probe=ProbeConfig(9, "train", 4, 20), output="p", deepspeed="x", logging=LoggingConfig(3))
+    for changes in ({"probe": ProbeConfig(2, "dev", 4, 20)}, {"probe": ProbeConfig(2, "train", 5, 20)},
+                    {"probe": FOUR, "passages": "all"}):  # fmt: skip
+        assert settings(**changes) != base
 
 
 def test_a_best_model_that_was_being_replaced_gets_its_name_back(tmp_path):
     keep(tmp_path / "best")
     (tmp_path / "best").rename(tmp_path / "best.old")
-    assert probe.best_before(tmp_path / "best", SETTINGS) == 0.25
+    assert probe.best_before(tmp_path / "best", lambda config: True) == 0.25
     assert artifact.exists(tmp_path / "best") and not (tmp_path / "best.old").exists()
 
 

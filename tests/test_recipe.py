@@ -56,7 +56,8 @@ def test_a_whole_number_written_as_a_float_is_one(load):
 
 
 @pytest.mark.parametrize("text, line, reason", [
-    ("data: a\noutput: b\nlearning_rate: 1\n", 3, "learning_rate: unknown key; known are data, output"),
+    ("data: a\noutput: b\nlearning_rate: 1\n", 3,
+     "learning_rate: unknown key (did you mean 'optimization.lr'?); known are data, output"),
     ("data: a\noutput: b\n\noptimization:\n  lr: 1.0\n  learning: 2\n", 6, "optimization.learning: unknown key"),
     ("data: a\noutput: b\noptimization:\n  batch: many\n", 4, "optimization.batch: a whole number is needed, not 'ma"),
     ("data: a\noutput: b\noptimization:\n  batch: 2.5\n", 4, "optimization.batch: a whole number is needed"),

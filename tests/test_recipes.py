@@ -135,6 +135,12 @@ def test_the_papers_recipes_are_the_papers():
         assert found.optimization == c.FinetuneRecipe("d", "o").optimization
         assert (found.negatives.per_query, found.negatives.depth) == (15, depth)
         assert (found.loss.lambda_docs, found.loss.query_weight) == (lambda_docs, pytest.approx(0.75 * lambda_docs))
+    third = recipe.load(ROOT / "recipes/msmarco/stage3.yaml", c.FinetuneRecipe)
+    expected = c.FinetuneRecipe("d", "o").optimization
+    assert dataclasses.replace(third.optimization, micro_batch=None) == dataclasses.replace(expected, batch=16)
+    assert (third.negatives.per_query, third.negatives.depth) == (23, 1000)
+    assert third.negatives.path == "runs/msmarco/reranker/stage2.jsonl"
+    assert third.loss == c.LossConfig(lambda_docs=0.008, contrastive_weight=0.2, distillation="kl")
     rerank = recipe.load(ROOT / "recipes/msmarco/rerank.yaml", c.RerankRecipe)
     own = c.RerankRecipe("d", "o")
     assert (rerank.max_length, rerank.negatives.per_query, rerank.negatives.depth) == (

@@ -17,6 +17,7 @@ from launching import run
 from test_kill import disturbed_file
 from test_reranker import scorer
 from test_search_tools import command
+from threads import thread_hosts
 from transformers import AutoModelForSequenceClassification
 
 from lexmae import artifact
@@ -252,7 +253,7 @@ def test_ranks_as_threads_make_what_one_makes(model, shards_dir, lists, whole, t
         yield local.rank, world, torch.device("cpu")
 
     monkeypatch.setattr(blocks, "ranks", ranks)
-    monkeypatch.setattr(blocks, "barrier", lambda _: barrier.wait(60))
+    monkeypatch.setattr(blocks, "Hosts", thread_hosts(local, barrier))
     loaded = CrossEncoder.load(model)  # transformers cannot load in several threads at once
     monkeypatch.setattr(score.CrossEncoder, "load", lambda _: loaded)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lexmae import artifact, cli
+from lexmae.checked import read_json
 from lexmae.cycle.plan import Step
 from lexmae.errors import InputError
 
@@ -33,7 +34,7 @@ class Runner:
         self.book, self.ranks, self.hostfile, self.redo = work / "steps.json", ranks, hostfile, redo
         self.records: dict[str, Any] = {}
         if self.book.is_file():
-            self.records = json.loads(self.book.read_text(encoding="utf-8"))
+            self.records = read_json(self.book, dict)
 
     def run(self, step: Step, position: str) -> None:
         """Run one step, or skip it.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -77,13 +77,19 @@ class RankingBatch(_Movable):
     ``docs`` are chunks of at most the micro-batch, longest first; row ``i`` of the Q·N documents (query 0's positive,
     its negatives, query 1's positive, …) is row ``doc_order[i]`` of the concatenated chunks.
     ``exclude`` [2, E] are (query, document) pairs of the global batch [G, G·N] that take no part in the loss.
+    ``query_order`` puts the rows of the concatenated chunks of ``queries`` into the order of the batch.
+    ``teacher_scores`` are a teacher's scores of a query's own documents, NaN where it has not given them; ``pairs``
+    are what a teacher reads that scores the batch itself, some queries at a time.
     """
 
-    queries: TextBatch
+    queries: list[TextBatch]
+    query_order: torch.Tensor  # int64 [Q]
     docs: list[TextBatch]
     doc_order: torch.Tensor  # int64 [Q·N]
     n_docs: int
     exclude: torch.Tensor  # int64 [2, E]
+    teacher_scores: torch.Tensor  # float32 [Q, N]
+    pairs: list[Any] = field(default_factory=list)
 
 
 def text_batch(tokens: TokenBatch, structural: np.ndarray, segments: bool) -> TextBatch:
@@ -177,15 +183,17 @@ class RankingData:
 
     Args:
         negatives: lists of negatives by query row.
-        micro_batch: documents per chunk.
+        micro_batch: texts per chunk.
+        pairs: query rows [n] and document rows [n, N] → the pairs that a teacher reads.
     """
 
     def __init__(self, shards: Shards, split: str, negatives: NegativeLists, config: NegativesConfig, *, seed: int,
-                 batch: int, micro_batch: int, exclude_judged: bool = True, rank: int = 0, world: int = 1):
+                 batch: int, micro_batch: int, exclude_judged: bool = True, rank: int = 0, world: int = 1,
+                 pairs: Callable[[np.ndarray, np.ndarray], Any] | None = None):
         self.shards, self.queries = shards, shards.queries(split)
         self.negatives, self.config, self.seed = negatives, config, seed
         self.batch, self.micro_batch, self._exclude_judged = batch, micro_batch, exclude_judged
-        self._part = share(rank, world, batch)
+        self._part, self._read_pairs = share(rank, world, batch), pairs
         self._pairs = negatives.judged_pairs()  # [pairs, 2]
         self._stream = Stream(len(self._pairs), seed)
         self.size = len(self._pairs)
@@ -194,17 +202,29 @@ class RankingData:
         """The rank's share of one optimizer step."""
         positions, rows = self._stream.rows(step, self.batch)
         pairs = self._pairs[rows]  # [G, 2]
-        docs = self._documents(positions, pairs)  # [G, N]
+        docs, scores = self._documents(positions, rows)  # [G, N]
         exclude = self._judged_in_batch(pairs, docs) if self._exclude_judged else np.zeros((2, 0), np.int64)
-        chunks, order = self._chunks(docs[self._part].reshape(-1))
-        queries = read_texts(self.shards, self.queries, pairs[self._part, 0])
-        return RankingBatch(queries, chunks, torch.from_numpy(order), docs.shape[1], torch.from_numpy(exclude))
+        own = self._part
+        queries, query_order = self._chunks(self.queries, pairs[own, 0])
+        chunks, order = self._chunks(self.shards.docs, docs[own].reshape(-1))
+        return RankingBatch(queries, torch.from_numpy(query_order), chunks, torch.from_numpy(order), docs.shape[1],
+                            torch.from_numpy(exclude), torch.from_numpy(scores[own]),
+                            self._for_teacher(pairs[own, 0], docs[own]))
 
-    def _documents(self, positions: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-        """Document rows [G, N]: the positive, then negatives drawn afresh for this position of the stream."""
-        drawn = self.negatives.draw(pairs[:, 0], self.config.per_query, KeyedRandom(self.seed, positions),
-                                    _NEGATIVE_STREAM)
-        return np.concatenate([pairs[:, 1:], drawn], axis=1)
+    def _for_teacher(self, queries: np.ndarray, docs: np.ndarray) -> list[Any]:
+        """Query rows [Q] and document rows [Q, N] as pairs, about a chunk at a time."""
+        if self._read_pairs is None:
+            return []
+        each = max(1, self.micro_batch // docs.shape[1])
+        return [self._read_pairs(queries[i:i + each], docs[i:i + each]) for i in range(0, len(queries), each)]
+
+    def _documents(self, positions: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Document rows [G, N] and their teacher's scores: the positive, then negatives drawn for this position."""
+        pairs = self._pairs[rows]
+        drawn, scores = self.negatives.draw(pairs[:, 0], self.config.per_query, KeyedRandom(self.seed, positions),
+                                            _NEGATIVE_STREAM)
+        positive = self.negatives.pair_scores()[rows]
+        return np.concatenate([pairs[:, 1:], drawn], axis=1), np.concatenate([positive[:, None], scores], axis=1)
 
     def _judged_in_batch(self, pairs: np.ndarray, docs: np.ndarray) -> np.ndarray:
         """(query, column) of every judged positive of a query in the batch that is not its own column."""
@@ -219,9 +239,9 @@ class RankingData:
                 found += [(query, column) for column in order[start:end] if column != query * docs.shape[1]]
         return np.asarray(sorted(found), np.int64).reshape(-1, 2).T.copy()
 
-    def _chunks(self, rows: np.ndarray) -> tuple[list[TextBatch], np.ndarray]:
-        longest_first = np.argsort(-self.shards.docs.lengths[rows], kind="stable")
-        chunks = [read_texts(self.shards, self.shards.docs, rows[longest_first[i:i + self.micro_batch]])
+    def _chunks(self, table: TokenTable, rows: np.ndarray) -> tuple[list[TextBatch], np.ndarray]:
+        longest_first = np.argsort(-table.lengths[rows], kind="stable")
+        chunks = [read_texts(self.shards, table, rows[longest_first[i:i + self.micro_batch]])
                   for i in range(0, len(rows), self.micro_batch)]
         return chunks, np.argsort(longest_first, kind="stable")
 

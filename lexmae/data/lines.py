@@ -21,6 +21,7 @@ from lexmae.errors import InputError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
+_LONGEST = 1 << 26  # bytes of a line
 _BLANKS = re.compile(r"[ \t]+")
 _ID_FORBIDDEN = re.compile(r"[ \t\n\r\v\f]")
 
@@ -49,7 +50,7 @@ def open_bytes(path: str | Path) -> Iterator[IO[bytes]]:
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Pairs (line number, line without its end). Empty lines are skipped; bad UTF-8 raises InputError."""
     with open_bytes(path) as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(bounded(file, path), 1):
             if number == 1 and raw.startswith(_BOM):
                 raw = raw[len(_BOM) :]
             raw = raw[:-1] if raw.endswith(b"\n") else raw
@@ -64,6 +65,16 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                     f"not UTF-8: byte 0x{byte:02x} at column {error.start + 1} of the line ({error.reason})"
                 )
                 raise InputError(reason, path=path, line=number) from None
+
+
+def bounded(file: IO[bytes], path: str | Path) -> Iterator[bytes]:
+    """The lines of a file; one of more than 64 MiB is refused: a compressed file may hold a line of any length."""
+    number = 0
+    while raw := file.readline(_LONGEST):
+        number += 1
+        if len(raw) == _LONGEST:
+            raise InputError(f"longer than {_LONGEST >> 20} MiB", path=path, line=number)
+        yield raw
 
 
 def read_tsv(path: str | Path, *columns: str) -> Iterator[tuple[int, list[str]]]:
@@ -159,7 +170,7 @@ def first_lines(path: str | Path, count: int) -> list[tuple[int, str]]:
 def _check_surrogates(value: dict, path: str | Path, line: int) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, RecursionError):
         raise InputError(
             "a \\u escape names half a surrogate pair, which is no text", path=path, line=line
         ) from None

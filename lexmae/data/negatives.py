@@ -18,7 +18,6 @@ filters compare with.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -30,11 +29,11 @@ from lexmae.data.lines import (
     check_id,
     check_score,
     first_lines,
-    open_bytes,
     read_lines,
     read_objects,
     read_tsv,
 )
+from lexmae.data.pickles import load_plain
 from lexmae.errors import InputError
 
 
@@ -200,25 +199,8 @@ def _read_run(path: Path) -> Iterator[tuple[None, Row]]:
         yield None, Row(qid, sorted(ranking, key=lambda docid: (-ranking[docid], docid)))
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits dict, list, tuple, int, float and str. Looking up any name, the way to run code, is refused."""
-
-    def find_class(self, module: str, name: str) -> object:
-        raise pickle.UnpicklingError(
-            f"names {module}.{name}; only dict, list, tuple, int, float and str are admitted"
-        )
-
-    def persistent_load(self, pid: object) -> object:
-        raise pickle.UnpicklingError("refers to an object outside the file")
-
-
 def _read_pickle(path: Path) -> Iterator[tuple[None, Row]]:
-    with open_bytes(path) as file:
-        try:
-            table = _PlainUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError,
-                OverflowError, MemoryError) as error:  # fmt: skip
-            raise InputError(f"not an admissible pickle: {error}", path=path) from None
+    table = load_plain(path)
     if not isinstance(table, dict):
         raise InputError(f"expected a dict of negatives, found {type(table).__name__}", path=path)
     for qid, entries in table.items():

@@ -130,8 +130,8 @@ class RerankData:
         this position of the stream; queries with pairs of similar length together."""
         positions, rows = (values[self._part] for values in self._stream.rows(step, self.batch))
         judged = self._judged[rows]
-        drawn = self.negatives.draw(judged[:, 0], self.config.per_query, KeyedRandom(self.seed, positions),
-                                    _NEGATIVE_STREAM)
+        drawn, _ = self.negatives.draw(judged[:, 0], self.config.per_query, KeyedRandom(self.seed, positions),
+                                       _NEGATIVE_STREAM)
         docs = np.concatenate([judged[:, 1:], drawn], axis=1)  # [Q, N]
         longest = self.queries.lengths[judged[:, 0]] + self.shards.docs.lengths[docs].max(1)
         order = np.argsort(-longest, kind="stable")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lexmae.checked import check_offsets, read_array
 from lexmae.data.tokenizer import MISSING_TITLE, Encoded, TextEncoder
 from lexmae.data.tokens import TokenTable
 from lexmae.errors import InputError
@@ -87,8 +88,16 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def read(folder: str | Path) -> PassageMap:
     """The documents of a folder of shards."""
-    file = Path(folder) / ENDS
-    return PassageMap(TokenTable(folder, "docs", "document"), np.load(file) if file.is_file() else None)
+    table = TokenTable(folder, "docs", "document")
+    return PassageMap(table, read_ends(folder, len(table)) if (Path(folder) / ENDS).is_file() else None)
+
+
+def read_ends(folder: str | Path, rows: int) -> np.ndarray:
+    """Where the rows of each document end, int64 [D]. InputError where they do not cover ``rows``."""
+    path = Path(folder) / ENDS
+    ends = read_array(path, np.int64)
+    check_offsets(np.concatenate([np.zeros(1, np.int64), ends]), rows, path, "ends of documents")
+    return ends
 
 
 class PassageMap:

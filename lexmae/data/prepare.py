@@ -22,6 +22,7 @@ from lexmae.errors import InputError
 
 KIND = "shards"
 _CHUNK = 4096  # texts tokenised together
+_LONG_CHUNK = 512  # long documents, uncut
 
 T = TypeVar("T")
 
@@ -169,7 +170,7 @@ class _Preparation:
         """Write the rows that `encode` makes of the records; `names` gives their ids, the records' own without it."""
         writer = TableWriter(self.draft.path, name, self.encoder.dtype, self.shard_size)
         lengths, truncated = [], 0
-        for chunk in _chunks(records, _CHUNK):
+        for chunk in _chunks(records, _LONG_CHUNK if names else _CHUNK):
             rows = encode(chunk)
             ids = names(chunk) if names else [record.id for record in chunk]
             writer.append(ids, rows.values, rows.lengths, rows.first_lengths)

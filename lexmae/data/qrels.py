@@ -14,7 +14,7 @@ from lexmae.errors import InputError
 Qrels = dict[str, dict[str, int]]
 QRELS_HEADER = "query-id\tcorpus-id\tscore"
 
-_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ def read_judgements(path: str | Path) -> Iterator[Judgement]:
             reason = f"expected `qid 0 pid rel` or `query-id corpus-id score`, found {len(cells)} columns"
             raise InputError(reason, path=path, line=line)
         if not _WHOLE_NUMBER.fullmatch(cells[-1]):
-            raise InputError(f"relevance {cells[-1]!r} is not a whole number", path=path, line=line)
+            reason = f"relevance {cells[-1]!r} is not a whole number of up to nine digits"
+            raise InputError(reason, path=path, line=line)
         count += 1
         yield Judgement(cells[0], cells[-2], int(cells[-1]), path, line)
     if not count:

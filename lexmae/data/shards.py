@@ -14,14 +14,14 @@ Reading needs neither torch nor transformers. `prepare` (of `lexmae.data.prepare
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from lexmae import artifact
-from lexmae.data.passages import ENDS, PassageMap
+from lexmae.checked import read_array, read_strings
+from lexmae.data.passages import PassageMap, read_ends
 from lexmae.data.prepare import KIND, prepare, table_name
 from lexmae.data.qrels import Qrels, read_qrels
 from lexmae.data.tokenizer import SpecialIds
@@ -37,10 +37,12 @@ class Shards:
     def __init__(self, manifest: artifact.Manifest) -> None:
         self.manifest = manifest
         self.path = manifest.path
-        self.splits: list[str] = list(manifest.extra["splits"])
-        self.special = SpecialIds(**manifest.extra["special_ids"])
-        self.vocab_size: int = manifest.extra["vocab_size"]
-        self.token_type_ids: bool = manifest.extra["token_type_ids"]
+        self.splits: list[str] = manifest.fact("splits", list)
+        for split in self.splits:
+            _check_split(split, manifest)
+        self.vocab_size: int = manifest.fact("vocab_size", int)
+        self.special = _special(manifest, self.vocab_size)
+        self.token_type_ids: bool = manifest.fact("token_type_ids", bool)
         self.split_documents: bool = bool(manifest.config.get("split_documents"))
         self._queries: dict[str, TokenTable] = {}
 
@@ -65,8 +67,7 @@ class Shards:
     @cached_property
     def documents(self) -> PassageMap:
         """Which rows of `docs` belong to which document."""
-        ends = np.load(self.path / ENDS) if self.split_documents else None
-        return PassageMap(self.docs, ends)
+        return PassageMap(self.docs, read_ends(self.path, len(self.docs)) if self.split_documents else None)
 
     def queries(self, split: str) -> TokenTable:
         """The queries of a split."""
@@ -83,13 +84,29 @@ class Shards:
 
     def vocabulary(self) -> list[str]:
         """The token strings by id."""
-        return json.loads((self.path / "vocabulary.json").read_text(encoding="utf-8"))
+        return read_strings(self.path / "vocabulary.json")
 
     def word_starts(self) -> np.ndarray:
         """Whether each vocabulary entry begins a word, bool [V]. Special tokens do."""
-        return np.load(self.path / "word_starts.npy")
+        return read_array(self.path / "word_starts.npy", bool)
 
     def _known(self, split: str) -> None:
         if split not in self.splits:
             names = ", ".join(self.splits) or "none"
             raise InputError(f"no queries of the split {split!r}; there are: {names}", path=self.path)
+
+
+def _check_split(split: object, manifest: artifact.Manifest) -> None:
+    """A split is part of the names of files."""
+    if not isinstance(split, str) or "/" in split or any(letter in split for letter in "*?["):
+        raise InputError(f"the split {split!r} is no name of a file", path=manifest.path)
+    artifact.inside(manifest.path, split)
+
+
+def _special(manifest: artifact.Manifest, vocab_size: int) -> SpecialIds:
+    known, given = SpecialIds.__dataclass_fields__, manifest.fact("special_ids", dict)
+    for name in known:
+        value = given.get(name)
+        if type(value) is not int or not 0 <= value < vocab_size:
+            raise InputError(f"special_ids: {name} must be an id below {vocab_size}, not {value!r}", path=manifest.path)
+    return SpecialIds(**{name: given[name] for name in known})

@@ -183,7 +183,7 @@ def load(name: str | Path) -> Any:
     if not folder.is_dir() and (folder.is_absolute() or folder.exists()):
         raise InputError("no such folder with a tokenizer", path=folder)
     try:
-        found = AutoTokenizer.from_pretrained(str(name))
+        found = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot load a tokenizer: {reason[:300]}", path=name) from error

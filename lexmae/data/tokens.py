@@ -18,9 +18,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from lexmae.checked import check_range, read_arrow
 from lexmae.errors import InputError
 
 SHARD_ROWS = 500_000
+_SCHEMAS = tuple(pa.schema([("id", pa.large_string()), ("tokens", pa.list_(dtype)), ("first_length", pa.uint16())])
+                 for dtype in (pa.uint16(), pa.uint32()))
+_LOOKUP = pa.schema([("hash", pa.uint64()), ("row", pa.int64())])
 _SHARD_TOKENS = 2**31 - 1  # offsets of an Arrow list are 32-bit
 
 
@@ -156,9 +160,12 @@ class TokenTable:
     @cached_property
     def _lookup(self) -> tuple[np.ndarray, np.ndarray]:
         """Sorted hashes uint64 [rows] and the row of each, both mapped."""
-        batch = _open_arrow(self.folder / f"lookup-{self.name}.arrow").get_batch(0)
-        hashes = np.frombuffer(batch.column("hash").buffers()[1], np.uint64, len(batch))
-        return hashes, np.frombuffer(batch.column("row").buffers()[1], np.int64, len(batch))
+        path = self.folder / f"lookup-{self.name}.arrow"
+        batches = read_arrow(path, _LOOKUP)
+        if len(batches) != 1 or len(batches[0]) != len(self):
+            raise InputError(f"does not belong to a table of {len(self)} rows", path=path)
+        return batches[0].column("hash").to_numpy(), check_range(batches[0].column("row").to_numpy(), len(self), path,
+                                                                 "rows")
 
     def _find(self, ids: Sequence[str]) -> np.ndarray:
         """The row of each id, -1 where there is none. Equal hashes are told apart by the ids themselves."""
@@ -268,24 +275,15 @@ def _write_arrow(path: Path, batch: pa.RecordBatch) -> None:
         writer.write_batch(batch)
 
 
-def _open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(path), "r"))
-    except FileNotFoundError:
-        raise InputError("missing from the shards", path=path) from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"not a complete Arrow file: {error}", path=path) from None
-
-
 def _read_pieces(path: Path) -> Iterator[_Piece]:
-    reader = _open_arrow(path)
-    for number in range(reader.num_record_batches):
-        batch = reader.get_batch(number)
+    for batch in read_arrow(path, *_SCHEMAS):
         ids, tokens, first = batch.column("id"), batch.column("tokens"), batch.column("first_length")
         width = np.dtype(tokens.type.value_type.to_pandas_dtype())
         _, list_offsets, _, values = tokens.buffers()
         _, id_offsets, id_bytes = ids.buffers()
         rows = len(batch)
+        if tokens.values.null_count or tokens.offset or ids.offset:
+            raise InputError("holds nulls, or a slice of something larger", path=path)
         yield _Piece(
             values=_view(values, width),
             offsets=_view(list_offsets, np.int32, rows + 1),

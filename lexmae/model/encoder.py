@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lexmae.errors import InputError
-from lexmae.model import backbone, lexicon
-from lexmae.model.head import max_logits
+from lexmae.model import backbone, foreign
+from lexmae.model.pooling import Pooling
 
 _MASK, _POOLING = "1_MultiVectorMask", "2_SpladePooling"
-_MODULES = {
+MODULES = {
     "": "base.modules.transformer.Transformer",
     _MASK: "multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask",
     _POOLING: "sparse_encoder.modules.splade_pooling.SpladePooling",
 }
+"""Folder of each of sentence-transformers' modules, in order, and its class."""
 
 
 class SparseEncoder(nn.Module):
@@ -35,12 +36,14 @@ class SparseEncoder(nn.Module):
     Args:
         lm: the masked language model; its LM head gives the logits.
         head: implementation of the pooled head, see `head.max_logits`.
+        pooling: the rule of a model that others made; the default is the one above.
     """
 
-    def __init__(self, lm: PreTrainedModel, head: str = "auto"):
+    def __init__(self, lm: PreTrainedModel, head: str = "auto", pooling: Pooling | None = None):
         super().__init__()
         self.lm = lm
         self.head = head
+        self.pooling = pooling or Pooling()
 
     def forward(
         self,
@@ -56,16 +59,26 @@ class SparseEncoder(nn.Module):
         hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)
         features = backbone.transform(self.lm, hidden)  # [B, L, H]
         weight, bias = backbone.output_matrix(self.lm)
-        return lexicon.saturate(max_logits(features, weight, bias, text_mask, self.head))
+        mask = self.pooling.mask(input_ids, attention_mask, text_mask)
+        return self.pooling(features, weight, bias, mask, self.head)
 
     def save(self, folder: str | Path, tokenizer_dir: str | Path | None = None) -> None:
         """Write the model as `save_masked_lm` does."""
         save_masked_lm(self.lm, folder, tokenizer_dir)
 
     @classmethod
-    def load(cls, init: str | Path, head: str = "auto", **kw: Any) -> SparseEncoder:
-        """From a folder or a hub name; see `backbone.load_masked_lm` for keywords and errors."""
-        return cls(backbone.load_masked_lm(str(init), **kw), head)
+    def load(cls, init: str | Path, head: str = "auto", side: str = "docs", **kw: Any) -> nn.Module:
+        """The encoder of a folder or a hub name: one of ours, or what `foreign` says it is.
+
+        Args:
+            side: `docs` or `queries`; it matters to folders that encode the two in different ways. The queries of some
+                need no model: then this gives a `StaticEncoder`, called in the same way.
+            kw: see `backbone.load_masked_lm`, there also for errors.
+        """
+        chosen = foreign.plan(init, side)
+        if chosen.table is not None:
+            return foreign.load_static(chosen)
+        return cls(backbone.load_masked_lm(chosen.init, chosen.subfolder, **kw), head, chosen.pooling)
 
 
 def save_masked_lm(
@@ -94,10 +107,10 @@ def _write_peer_files(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabula
     """`modules.json` and what it names: transformer, mask of special tokens, SPLADE max pooling."""
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
-        for i, (path, kind) in enumerate(_MODULES.items())
+        for i, (path, kind) in enumerate(MODULES.items())
     ]
-    _write_json(folder / "modules.json", modules)
-    _write_json(
+    write_json(folder / "modules.json", modules)
+    write_json(
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SparseEncoder",
@@ -107,8 +120,8 @@ def _write_peer_files(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabula
             "similarity_fn_name": "dot",
         },
     )
-    _write_json(folder / "sentence_bert_config.json", {"transformer_task": "fill-mask"})
-    _write_json(
+    write_json(folder / "sentence_bert_config.json", {"transformer_task": "fill-mask"})
+    write_json(
         folder / _MASK / "config.json",
         {
             "skiplist_words": structural_tokens(tokenizer),
@@ -116,7 +129,7 @@ def _write_peer_files(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabula
             "keep_only_token_ids": None,
         },
     )
-    _write_json(
+    write_json(
         folder / _POOLING / "config.json",
         {"pooling_strategy": "max", "activation_function": "relu", "embedding_dimension": vocabulary},
     )
@@ -128,13 +141,14 @@ def structural_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; InputError where there is none."""
+    """A tokenizer from its folder; InputError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError("cannot load a tokenizer from here", path=folder) from error
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON; the folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lexmae import artifact
-from lexmae.cli import say
+from lexmae import artifact, lifeline
+from lexmae.cli import is_main_rank, say
+from lexmae.errors import InputError
+from lexmae.ranks import Hosts, several_hosts
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_STATE = "begun.json"
+_STATE, _PARTS = "begun.json", "part-*"
 
 
 @contextlib.contextmanager
@@ -36,17 +38,35 @@ def ranks() -> Iterator[tuple[int, int, torch.device]]:
         torch.cuda.set_device(device)
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        lifeline.begin()
     try:
         yield rank, world, device
+    except Exception as error:
+        lifeline.blame(error)
     finally:
+        lifeline.end()
         if world > 1:
             torch.distributed.destroy_process_group()
 
 
-def barrier(world: int) -> None:
-    """Wait for all ranks."""
-    if world > 1:
-        torch.distributed.barrier()
+def hosts(output: Path, **same: Any) -> Hosts:
+    """The hosts of the run and the folder of the output; every rank calls it.
+
+    Args:
+        same: fingerprints of what every host reads, perhaps from a copy of its own.
+
+    Raises:
+        InputError: two hosts read something different.
+    """
+    found = Hosts(output.parent)
+    found.refuse_difference(**same)
+    return found
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """As ``artifact.refuse_existing``, where this process would write the output."""
+    if is_main_rank() or not several_hosts():
+        artifact.refuse_existing(output, overwrite)
 
 
 def own(count: int, block: int, rank: int, world: int) -> list[int]:
@@ -61,17 +81,22 @@ def precision(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def open_partial(output: Path, state: Mapping[str, Any], rank: int) -> Path:
+def open_partial(output: Path, state: Mapping[str, Any], hosts: Hosts) -> tuple[Path, set[str]]:
     """The folder of finished parts to go on with, emptied where it was begun from other inputs or settings.
+
+    Every rank calls it.
 
     Args:
         output: what is to be made.
         state: JSON values; everything that the parts depend on.
+
+    Returns:
+        the folder, and the names of the parts that need not be made again.
     """
     partial = artifact.partial_path(output)
-    if rank == 0:
+    if hosts.leads:
         begun = partial / _STATE
-        if partial.exists() and (not begun.is_file() or json.loads(begun.read_text(encoding="utf-8")) != state):
+        if partial.exists() and _read_state(begun) != state:
             say(f"{partial} was begun from other inputs: starting again")
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
@@ -79,7 +104,32 @@ def open_partial(output: Path, state: Mapping[str, Any], rank: int) -> Path:
             unfinished.unlink()
         with artifact.atomic_file(begun) as out:
             json.dump(state, out)
-    return partial
+    hosts.barrier()
+    names = {part.name for part in partial.glob(_PARTS)}
+    return partial, names | hosts.agree(names)
+
+
+def _read_state(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+
+
+def collect(hosts: Hosts, partial: Path, count: int) -> None:
+    """Wait for all ranks; then all ``count`` parts are in rank 0's folder, and nowhere else.
+
+    Raises:
+        InputError: on rank 0, where one is missing.
+    """
+    hosts.barrier()
+    hosts.collect(partial, [part.name for part in partial.glob(_PARTS)] if hosts.apart else [])
+    if hosts.rank in hosts.apart:
+        shutil.rmtree(partial)
+    if hosts.leads and hosts.rank not in hosts.apart:
+        found = len(list(partial.glob(_PARTS)))
+        if found != count:
+            raise InputError(f"holds {found} parts of {count}; the same command again makes the others", partial)
 
 
 def finished(partial: Path) -> None:

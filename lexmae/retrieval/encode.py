@@ -23,7 +23,9 @@ from lexmae.data.batches import read_texts
 from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
-from lexmae.retrieval import blocks, vectors
+from lexmae.model.static_queries import StaticQueries, holds_table
+from lexmae.ranks import together
+from lexmae.retrieval import blocks, vectors, vocabularies
 
 BLOCK = 4096  # texts per part
 
@@ -54,25 +56,42 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
     Raises:
         InputError: model, shards or split do not exist or do not belong together, or ``output`` exists.
     """
-    output, table, opened = Path(output), *_open_table(shards, config)
-    made_with = _refuse_other_tokenizer(model, opened)
-    artifact.refuse_existing(output, overwrite)
+    output = Path(output)
+    with together():
+        table, opened, made_with = open_inputs(model, shards, config)
+        blocks.refuse_existing(output, overwrite)
     with blocks.ranks() as (rank, world, device):
+        hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=made_with)
         name = blocks.precision(config.precision, device)
         state = {"model": made_with or str(model), "shards": opened.manifest.fingerprint, "side": config.side,
                  "split": config.split, "top_k": config.top_k, "precision": name, "block": BLOCK}
-        partial = blocks.open_partial(output, state, rank)
-        blocks.barrier(world)
-        encoder = SparseEncoder.load(model).to(device).eval()
+        partial, there = blocks.open_partial(output, state, hosts)
+        encoder = _load(model, config.side).to(device).eval()
         own = blocks.own(len(table), BLOCK, rank, world)
+        missing = [block for block in own if vectors.part_name(0, block) not in there]
+        if len(missing) < len(own):
+            say(f"{len(own) - len(missing)} of {len(own)} parts are there already")
         start = time.perf_counter()
-        done = _encode_blocks(encoder, opened, table, own, partial, config, blocks.PRECISIONS[name], device)
+        done = _encode_blocks(encoder, opened, table, missing, partial, config, blocks.PRECISIONS[name], device)
         seconds = time.perf_counter() - start
-        blocks.barrier(world)
+        blocks.collect(hosts, partial, -(-len(table) // BLOCK))
         if rank == 0:
             _finish(output, partial, opened, model, shards, state)
             say(f"wrote {output}: {len(table)} {config.side}, {done / max(seconds, 1e-9):.0f} texts/s on this rank")
-        blocks.barrier(world)
+        hosts.barrier()
+
+
+def _load(model: str | Path, side: str) -> torch.nn.Module:
+    """The encoder of a side: for the queries of a model with static queries, its table alone."""
+    if side == "queries" and holds_table(model):
+        return StaticQueries.load(model)
+    return SparseEncoder.load(model, side=side)
+
+
+def open_inputs(model: str | Path, shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards, str | None]:
+    """The texts to encode, their shards, and the fingerprint of a model of ours; refuses what does not fit."""
+    table, opened = _open_table(shards, config)
+    return table, opened, _refuse_other_tokenizer(model, opened, config.side)
 
 
 def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards]:
@@ -85,9 +104,10 @@ def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, S
     return opened.queries(config.split), opened
 
 
-def _refuse_other_tokenizer(model: str | Path, shards: Shards) -> str | None:
+def _refuse_other_tokenizer(model: str | Path, shards: Shards, side: str) -> str | None:
     """The fingerprint of a model of ours, whose tokenizer must be that of the shards; None for other models."""
     if not artifact.exists(model):
+        vocabularies.refuse_other_vocabulary(model, shards, side)
         return None
     manifest = artifact.read(model, "model")
     if manifest.extra["tokenizer_hash"] != shards.manifest.extra["tokenizer_hash"]:
@@ -96,12 +116,9 @@ def _refuse_other_tokenizer(model: str | Path, shards: Shards) -> str | None:
 
 
 @torch.inference_mode()
-def _encode_blocks(encoder: SparseEncoder, shards: Shards, table: TokenTable, own: Sequence[int], partial: Path,
+def _encode_blocks(encoder: torch.nn.Module, shards: Shards, table: TokenTable, missing: Sequence[int], partial: Path,
                    config: EncodeConfig, dtype: torch.dtype | None, device: torch.device) -> int:
-    """Encode the blocks whose part is missing; returns the number of texts encoded."""
-    missing = [b for b in own if not (partial / vectors.part_name(0, b)).exists()]
-    if len(missing) < len(own):
-        say(f"{len(own) - len(missing)} of {len(own)} parts are there already")
+    """Encode these blocks; returns the number of texts encoded."""
     done = 0
     sizes = {b: min(BLOCK, len(table) - b * BLOCK) for b in missing}
     bar = progress(total=sum(sizes.values()), desc=f"encode {config.side}", unit="texts")
@@ -120,7 +137,7 @@ def _encode_blocks(encoder: SparseEncoder, shards: Shards, table: TokenTable, ow
     return done
 
 
-def _forward(encoder: SparseEncoder, shards: Shards, table: TokenTable, rows: np.ndarray, dtype: torch.dtype | None,
+def _forward(encoder: torch.nn.Module, shards: Shards, table: TokenTable, rows: np.ndarray, dtype: torch.dtype | None,
              device: torch.device) -> np.ndarray:
     """Lexicon vectors float32 [B, V] of the texts in ``rows``."""
     text = read_texts(shards, table, rows).to(device)

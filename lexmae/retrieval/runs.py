@@ -7,7 +7,6 @@ Order everywhere: score, highest first; equal scores by document id, in the orde
 
 from __future__ import annotations
 
-import gzip
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lexmae import artifact
+from lexmae.data.lines import bounded, open_bytes
 from lexmae.errors import InputError
 
 DEFAULT_TAG = "lexmae"
@@ -148,9 +148,8 @@ def read_run(path: str | Path) -> Run:
     """
     number: dict[bytes, int] = {}
     found: dict[bytes, tuple[array, array]] = {}
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "rb") as lines:
-        for line, raw in enumerate(lines, 1):
+    with open_bytes(path) as file:
+        for line, raw in enumerate(bounded(file, path), 1):
             try:
                 query, _, document, _, score, _ = raw.split()
                 value = float(score)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -29,6 +29,7 @@ from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import backbone
 from lexmae.model.reranker import KIND, CrossEncoder
+from lexmae.ranks import together
 from lexmae.retrieval import blocks, reports
 from lexmae.retrieval.runs import Run, read_run, write_run
 
@@ -86,10 +87,12 @@ def score(model: str | Path, shards: str | Path, output: str | Path, config: Sco
     Raises:
         InputError: model, shards, split or source do not exist or do not belong together, or ``output`` exists.
     """
-    output, source, opened = Path(output), Path(negatives or run), _open_shards(shards, config.split)
-    reports.refuse_existing(output, overwrite=overwrite)
-    made_with = _refuse_misfit(model, opened)
-    work = (Negatives if negatives else Reranking)(source, opened, config)
+    output, source = Path(output), Path(negatives or run)
+    with together():
+        opened = _open_shards(shards, config.split)
+        reports.refuse_existing(output, overwrite=overwrite)
+        made_with = _refuse_misfit(model, opened)
+        work = (Negatives if negatives else Reranking)(source, opened, config)
     with blocks.ranks() as (rank, world, device):
         scorer = CrossEncoder.load(model).to(device).eval()
         max_length = _pair_length(scorer, made_with, opened, config, model)
@@ -97,15 +100,15 @@ def score(model: str | Path, shards: str | Path, output: str | Path, config: Sco
         state = {"model": made_with.fingerprint if made_with else str(model), "shards": opened.manifest.fingerprint,
                  "source": artifact.checksum(source), "reranks": bool(run), "split": config.split,
                  "depth": config.depth, "max_length": max_length, "precision": name, "block": BLOCK}
-        partial = blocks.open_partial(output, state, rank)
-        blocks.barrier(world)
+        hosts = blocks.hosts(output, **state)
+        partial, there = blocks.open_partial(output, state, hosts)
         scoring = _Scoring(scorer, opened, config, max_length, blocks.PRECISIONS[name], device)
-        figures = scoring.run(work, blocks.own(len(work.items), BLOCK, rank, world), partial)
-        blocks.barrier(world)
+        figures = scoring.run(work, blocks.own(len(work.items), BLOCK, rank, world), partial, there)
+        blocks.collect(hosts, partial, -(-len(work.items) // BLOCK))
         if rank == 0:
             _join(partial, output)
             say(f"wrote {output}: {figures['queries']} queries, {figures['documents']} documents")
-        blocks.barrier(world)
+        hosts.barrier()
     return {**figures, "ranks": world}
 
 
@@ -254,9 +257,9 @@ class _Scoring:
         self.scorer, self.shards, self.config, self.max_length = scorer, shards, config, max_length
         self.queries, self.dtype, self.device = shards.queries(config.split), dtype, device
 
-    def run(self, work: Work, own: Sequence[int], partial: Path) -> dict[str, Any]:
-        """Make the parts that are missing."""
-        missing = [block for block in own if not _part(partial, block).exists()]
+    def run(self, work: Work, own: Sequence[int], partial: Path, there: Collection[str]) -> dict[str, Any]:
+        """Make the parts that are not there."""
+        missing = [block for block in own if _part(partial, block).name not in there]
         if len(missing) < len(own):
             say(f"{len(own) - len(missing)} of {len(own)} parts are there already")
         numbers = {block: range(block * BLOCK, min((block + 1) * BLOCK, len(work.items))) for block in missing}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from lexmae import recipe
+from lexmae import ranks, recipe
 
 
 def main(kind: type, parser: argparse.ArgumentParser, argv: list[str] | None = None) -> None:
@@ -21,10 +21,12 @@ def main(kind: type, parser: argparse.ArgumentParser, argv: list[str] | None = N
     parser.add_argument("--resume", metavar="auto|STEP|PATH", help="continue from a checkpoint")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     arguments = parser.parse_args(argv)
-    config = recipe.load(arguments.recipe, kind, arguments.overrides)
-    if arguments.deepspeed_config:
-        config = dataclasses.replace(config, deepspeed=arguments.deepspeed_config)
+    with ranks.together():
+        config = recipe.load(arguments.recipe, kind, arguments.overrides)
+        if arguments.deepspeed_config:
+            config = dataclasses.replace(config, deepspeed=arguments.deepspeed_config)
 
-    from lexmae.train import session
+        from lexmae.train import session
 
+        session.ready(config, arguments.resume)
     session.run(config, arguments.resume)

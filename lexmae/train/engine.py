@@ -7,23 +7,34 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lexmae import lifeline
 from lexmae.config import OptimizationConfig
+from lexmae.errors import InputError
+from lexmae.ranks import Hosts
 from lexmae.train.hardware import Hardware
 
 if not torch.cuda.is_available():  # before deepspeed chooses for itself
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: E402
+from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
+
+_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]  # in checkpoints of DeepSpeed
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 @dataclass(frozen=True)
@@ -49,11 +60,13 @@ def start_processes() -> torch.device:
         # DeepSpeed's shared-memory operator serves inference alone, and would be compiled at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    lifeline.begin()
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def stop_processes() -> None:
     """Leave the group of ranks."""
+    lifeline.end()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -73,10 +86,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
         ctx.count = len(rows)
-        return torch.cat(parts)
+        gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
@@ -90,11 +103,18 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: weight decay on matrices, none on biases and normalisation weights (vectors)."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-              {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """AdamW groups: weight decay on matrices, none on biases and normalisation weights (vectors).
+
+    Parameters with an attribute ``lr_factor`` learn at that multiple of the learning rate; they have groups of their
+    own, and the factor stands in each group.
+    """
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = (getattr(parameter, "lr_factor", 1.0), parameter.ndim <= 1)
+            groups.setdefault(key, []).append(parameter)
+    return [{"params": parameters, "weight_decay": 0.0 if is_vector else weight_decay, "lr_factor": factor}
+            for (factor, is_vector), parameters in sorted(groups.items(), key=lambda item: item[0])]
 
 
 class Engine:
@@ -104,14 +124,15 @@ class Engine:
         model: module in float32, equal on all ranks.
         hardware: ZeRO stage, precision, micro-batch.
         optimization: AdamW settings; the learning rate is set at every step.
+        hosts: those of the run, and which see the folder of its checkpoints; one host by default.
     """
 
     def __init__(self, model: torch.nn.Module, hardware: Hardware, optimization: OptimizationConfig,
-                 device: torch.device):
+                 device: torch.device, hosts: Hosts | None = None):
         optimizer = torch.optim.AdamW(
             parameter_groups(model, optimization.weight_decay), lr=optimization.lr,
             betas=(optimization.beta1, optimization.beta2), eps=optimization.epsilon, fused=True)
-        self.hardware, self.device = hardware, device
+        self.hardware, self.device, self.hosts = hardware, device, hosts
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(hardware.config),
                                                   dist_init_required=False)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -139,7 +160,7 @@ class Engine:
     def step(self, lr: float) -> StepReport:
         """Close the last micro-batch and update the weights with learning rate ``lr``."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         own_norm = None if hasattr(self.deepspeed.optimizer, "_global_grad_norm") else self._grad_norm()
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if own_norm is None else own_norm
@@ -160,6 +181,21 @@ class Engine:
         finally:
             self.module.train(was)
             set_rng_state(state, self.device)
+
+    def load(self, folder: Path, tag: str) -> Any:
+        """Load DeepSpeed's checkpoint; None where DeepSpeed cannot.
+
+        DeepSpeed unpickles whatever a file asks for. Here tensors, plain values and its own few classes are admitted;
+        another name, the way to run code, is refused.
+
+        Raises:
+            InputError: a file names something else.
+        """
+        with torch.serialization.safe_globals(_CLASSES), _forced_weights_only():
+            try:
+                return self.deepspeed.load_checkpoint(str(folder), tag=tag)[0]
+            except pickle.UnpicklingError as error:
+                raise InputError(f"holds more than tensors: {' '.join(str(error).split())[:300]}", folder) from error
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum over the ranks, in place."""
@@ -189,16 +225,33 @@ class Engine:
         return state if self.rank == 0 else {}
 
 
+@contextlib.contextmanager
+def _forced_weights_only() -> Iterator[None]:
+    """``torch.load`` unpickles nothing but tensors and admitted classes, whatever its caller says."""
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[_WEIGHTS_ONLY] = before
+
+
 def _is_split(parameter: torch.nn.Parameter) -> bool:
     # The mapping is None on ranks that hold no part of the parameter; they take part in gathering it all the same.
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
-def on_rank_zero(action: Callable[[], Any]) -> None:
-    """Run ``action`` on rank 0 while the others wait; an error of it stops every rank."""
+def on_rank_zero(action: Callable[[], Any], hosts: Hosts | None = None) -> None:
+    """Run ``action`` on rank 0 while the others wait; an error of it stops every rank.
+
+    Args:
+        hosts: run it also on the hosts that have a folder of their own, once on each.
+    """
     failed = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
     error: BaseException | None = None
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 if hosts is None else hosts.leads:
         try:
             action()
         except Exception as caught:  # raised again below, once the other ranks know

@@ -64,7 +64,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}", path, getattr(error, "lineno", None)) from error
     if not isinstance(config, dict):
         raise InputError("a JSON object is needed", path)

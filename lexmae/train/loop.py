@@ -102,12 +102,13 @@ def train(run: Run, start: int = 0) -> None:
             probing = time.perf_counter()
             if figures := run.probe(done):
                 log.write(done, figures)
-                shown["probe"] = f"{figures['probe_mrr_10']:.4f}"
+                shown["MRR@10"] = f"{figures['probe_mrr_10']:.4f}"
                 bar.set_postfix(shown)
                 window.start += time.perf_counter() - probing  # rates are those of training
             every = run.logging.checkpoint_every
             if done == run.total or (every and done % every == 0):
-                checkpoint.save(run.engine, checkpoints, done, run.config, run.logging.keep)
+                checkpoint.save(run.engine, checkpoints, done, run.config, run.logging.keep,
+                                run.objective.state_dict())
     finally:
         batches.close()
         bar.close()

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lexmae.config import BottleneckConfig, LossConfig
 from lexmae.data.batches import PretrainBatch, RankingBatch, TextBatch
-from lexmae.train import losses, schedules
+from lexmae.model import lexicon
+from lexmae.train import losses
+from lexmae.train.sparsity import Lambdas
 
 Metrics = dict[str, torch.Tensor]  # scalars; summed over micro-batches and ranks they are the value to report
 
@@ -39,8 +41,25 @@ class Objective(Protocol):
     def sizes(self, batch: Any) -> tuple[int, int]:
         """Tokens of a micro-batch, without and with padding."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as JSON values."""
 
-class PretrainObjective:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+
+
+class Stateless:
+    """An objective that has nothing to keep."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+class PretrainObjective(Stateless):
     """Masked-LM losses of encoder and decoder (SPEC §1), means over the labelled positions of the global batch, and
     where it has a weight the bag-of-words loss, a mean over its texts."""
 
@@ -88,18 +107,23 @@ class RankingModel(nn.Module):
         recompute: keep the vectors of a chunk alone and compute its activations again in the backward pass, so that
             the memory of one chunk is enough for a batch of any size (the effect of GradCache, Gao et al. 2021, in a
             single backward pass).
+        query_encoder: texts → [B, V] of queries; they share ``encoder`` where there is none.
     """
 
-    def __init__(self, encoder: nn.Module, recompute: bool = False):
+    def __init__(self, encoder: nn.Module, recompute: bool = False, query_encoder: nn.Module | None = None):
         super().__init__()
-        self.encoder, self.recompute = encoder, recompute
+        self.encoder, self.recompute, self.query_encoder = encoder, recompute, query_encoder
 
     def forward(self, batch: RankingBatch | TextBatch) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """Vectors of the queries [Q, V] and of the documents [Q·N, V], in the batch's order; of texts alone, [B, V]."""
         if isinstance(batch, TextBatch):
             return self._encode(batch)
-        docs = torch.cat([self._encode(chunk) for chunk in batch.docs])
-        return self._encode(batch.queries), docs[batch.doc_order]
+        docs = _InOrder.apply(batch.doc_order, *(self._encode(chunk) for chunk in batch.docs))
+        if self.query_encoder is None:
+            queries = [self._encode(chunk) for chunk in batch.queries]
+        else:
+            queries = [self.query_encoder(**chunk.arguments()) for chunk in batch.queries]
+        return _InOrder.apply(batch.query_order, *queries), docs
 
     def _encode(self, text: TextBatch) -> torch.Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
@@ -110,16 +134,38 @@ class RankingModel(nn.Module):
             return checkpoint(self.encoder, **text.arguments(), use_reentrant=False, determinism_check="none")
 
 
+class _InOrder(torch.autograd.Function):
+    """``torch.cat(chunks)[order]`` with each row copied once: all vectors of a batch may be gigabytes."""
+
+    @staticmethod
+    def forward(ctx, order: torch.Tensor, *chunks: torch.Tensor) -> torch.Tensor:
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        ctx.places = places.split([len(chunk) for chunk in chunks])  # where the rows of each chunk belong
+        rows = chunks[0].new_empty(len(order), *chunks[0].shape[1:])
+        for where, chunk in zip(ctx.places, chunks, strict=True):
+            rows[where] = chunk
+        return rows
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *(gradient[where] for where in ctx.places)
+
+
 class RankingObjective:
-    """Contrastive loss over the global batch plus FLOPS on documents and queries (SPEC §3).
+    """Contrastive loss over the global batch, distillation, and sparsity of documents and queries (SPEC §3).
 
     Args:
         gather: rows of this rank → rows of all ranks, differentiable.
         world: number of ranks.
+        teacher: batch → scores [Q, N] of each query's own documents; those that the batch brings where it is not given.
     """
 
-    def __init__(self, config: LossConfig, gather: Callable[[torch.Tensor], torch.Tensor], world: int):
+    def __init__(self, config: LossConfig, gather: Callable[[torch.Tensor], torch.Tensor], world: int,
+                 teacher: Callable[[RankingBatch], torch.Tensor] | None = None):
         self.config, self.gather, self.world = config, gather, world
+        self.teacher = teacher or (lambda batch: batch.teacher_scores)
+        self.lambdas = Lambdas(config)
 
     def micro_batches(self, step_data: RankingBatch) -> list[RankingBatch]:
         """The one batch: every query meets every document of the global batch, so nothing is accumulated."""
@@ -132,18 +178,42 @@ class RankingObjective:
     def loss(self, forward, batch: RankingBatch, totals: list[float], step: int,
              total_steps: int) -> tuple[torch.Tensor, Metrics]:
         """Every rank computes the loss of the global batch and contributes its share of it."""
+        config = self.config
         queries, docs = (self.gather(vectors) for vectors in forward(batch))  # [G, V], [G·N, V]
-        contrastive, accuracy = losses.contrastive(queries, docs, batch.n_docs, batch.exclude,
-                                                   self.config.temperature)
-        flops_d, flops_q = losses.flops(docs), losses.flops(queries)
-        growth = schedules.ramp(step, total_steps, self.config.lambda_ramp)
-        lambda_d, lambda_q = growth * self.config.lambda_docs, growth * self.config.query_weight
-        loss = contrastive + lambda_d * flops_d + lambda_q * flops_q
-        values = {"loss": loss, "loss_contrastive": contrastive, "flops_docs": flops_d, "flops_queries": flops_q,
-                  "accuracy": accuracy, "terms_docs": losses.active_terms(docs),
-                  "terms_queries": losses.active_terms(queries), "lambda_docs": loss.new_tensor(lambda_d),
-                  "lambda_queries": loss.new_tensor(lambda_q)}
+        queries, docs = _largest(queries, config.top_k_queries), _largest(docs, config.top_k_docs)
+        scores, means_q, means_d = losses.scores_and_means(queries, docs)  # [G, G·N]
+        contrastive, accuracy = losses.contrastive(scores, batch.n_docs, batch.exclude, config.temperature)
+        sparsity_d = losses.REGULARISERS[config.regulariser_docs](means_d, losses.column_shares(docs))
+        sparsity_q = losses.REGULARISERS[config.regulariser_queries](means_q, losses.column_shares(queries))
+        lambda_d, lambda_q = self.lambdas.at(step, total_steps)
+        loss = config.contrastive_weight * contrastive + lambda_d * sparsity_d + lambda_q * sparsity_q
+        values = {"loss_contrastive": contrastive, f"{config.regulariser_docs}_docs": sparsity_d,
+                  f"{config.regulariser_queries}_queries": sparsity_q, "accuracy": accuracy,
+                  "terms_docs": losses.active_terms(docs), "terms_queries": losses.active_terms(queries),
+                  "lambda_docs": loss.new_tensor(lambda_d), "lambda_queries": loss.new_tensor(lambda_q)}
+        if config.distillation != "none":
+            values["loss_distillation"] = self._distillation(scores, batch)
+            loss = loss + config.distillation_weight * values["loss_distillation"]
+        if self.lambdas.controllers:
+            self.lambdas.observe(step, total_steps, values["terms_docs"].item(), values["terms_queries"].item())
+        values["loss"] = loss
         return loss / self.world, {name: value.detach() / self.world for name, value in values.items()}
+
+    def _distillation(self, scores: torch.Tensor, batch: RankingBatch) -> torch.Tensor:
+        """Distance of each query's own scores from the teacher's, over the global batch."""
+        student = losses.own_scores(scores, batch.n_docs)  # [G, N]
+        teacher = self.gather(self.teacher(batch).to(student))
+        if self.config.distillation == "kl":
+            return losses.distribution_gap(student, teacher, self.config.distillation_temperature)
+        return losses.margin_gap(student, teacher)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the steering of λ has come to."""
+        return self.lambdas.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.lambdas.load_state_dict(state)
 
     def encode(self, forward, text: TextBatch) -> torch.Tensor:
         """Lexicon vectors [B, V] of texts."""
@@ -151,7 +221,11 @@ class RankingObjective:
 
     def sizes(self, batch: RankingBatch) -> tuple[int, int]:
         """Tokens without and with padding."""
-        return _sizes([batch.queries, *batch.docs])
+        return _sizes([*batch.queries, *batch.docs])
+
+
+def _largest(vectors: torch.Tensor, k: int | None) -> torch.Tensor:
+    return vectors if k is None else lexicon.top_k(vectors, k)
 
 
 def _sizes(texts: list[TextBatch]) -> tuple[int, int]:

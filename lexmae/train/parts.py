@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, RerankRecipe
 from lexmae.data import draws
 from lexmae.data.batches import PretrainData, RankingData
-from lexmae.data.pairs import RerankData
+from lexmae.data.pairs import RerankData, read_pairs
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import backbone
@@ -20,6 +21,7 @@ from lexmae.model.encoder import SparseEncoder
 from lexmae.model.lexical_start import penalise_frequency, start_lexical
 from lexmae.model.pretrainer import Pretrainer
 from lexmae.model.reranker import CrossEncoder
+from lexmae.model.static_queries import StaticQueries, holds_table, inverse_document_frequency, read_table
 from lexmae.train import rerank
 from lexmae.train.hardware import Hardware
 from lexmae.train.objectives import Objective, PretrainObjective, RankingModel, RankingObjective
@@ -33,7 +35,7 @@ class Place:
 
     Attributes:
         gather: rows of this rank → rows of all ranks, differentiable.
-        on_rank_zero: runs a function on rank 0 while the others wait.
+        on_rank_zero: runs a function on rank 0 while the others wait (and on each host with a folder of its own).
     """
 
     hardware: Hardware
@@ -73,10 +75,29 @@ def _ranking(config: FinetuneRecipe, lm: Any, shards: Shards, place: Place) -> P
     texts = config.optimization.batch // spread.world * (1 + config.negatives.per_query)
     # Without a micro-batch nothing is recomputed; a CPU still gains from short texts that are not padded to long ones.
     chunk = spread.micro_batch or (texts if torch.cuda.is_available() else _CPU_CHUNK)
+    teacher = rerank.Teacher(config.loss.teacher, shards) if config.loss.teacher else None
+    read = teacher and functools.partial(read_pairs, shards, shards.queries(config.split),
+                                         max_length=teacher.max_length)
     data = RankingData(shards, config.split, _negatives(config, shards, place), config.negatives, micro_batch=chunk,
-                       exclude_judged=config.loss.exclude_judged, **_common(config, place))
-    model = RankingModel(SparseEncoder(lm), recompute=0 < spread.micro_batch < texts)
-    return Parts(model, RankingObjective(config.loss, place.gather, spread.world), data)
+                       exclude_judged=config.loss.exclude_judged, pairs=read, **_common(config, place))
+    queries = _static_queries(config, lm, shards) if config.model.queries == "static" else None
+    model = RankingModel(SparseEncoder(lm), recompute=0 < spread.micro_batch < texts, query_encoder=queries)
+    return Parts(model, RankingObjective(config.loss, place.gather, spread.world, teacher), data)
+
+
+def _static_queries(config: FinetuneRecipe, lm: Any, shards: Shards) -> StaticQueries:
+    """The table of the model that training starts from, or else inverse document frequencies of the shards."""
+    size = backbone.output_matrix(lm)[0].shape[0]
+    if holds_table(config.model.init):
+        weights = read_table(config.model.init)
+        if len(weights) != size:
+            raise InputError(f"has weights of {len(weights)} query tokens, the model knows {size}", config.model.init)
+    else:
+        frequency = torch.from_numpy(shards.docs.document_frequency(shards.vocab_size))
+        weights = inverse_document_frequency(frequency, len(shards.docs), size)
+    table = StaticQueries(weights)
+    table.raw.lr_factor = config.optimization.query_lr / config.optimization.lr
+    return table
 
 
 def _reranking(config: RerankRecipe, scorer: Any, shards: Shards, place: Place) -> Parts:
@@ -88,8 +109,8 @@ def _reranking(config: RerankRecipe, scorer: Any, shards: Shards, place: Place) 
 def _negatives(config: FinetuneRecipe | RerankRecipe, shards: Shards, place: Place) -> draws.NegativeLists:
     """The recipe's lists of negatives as rows, which rank 0 makes."""
     lists = Path(config.output) / "negatives"
-    place.on_rank_zero(lambda: draws.build(shards, config.split, config.negatives.path or None,
-                                           config.negatives.depth, lists, config.passages))
+    stored = isinstance(config, FinetuneRecipe) and config.loss.distillation != "none" and not config.loss.teacher
+    place.on_rank_zero(lambda: draws.build(shards, config.split, config.negatives, lists, config.passages, stored))
     return draws.NegativeLists(lists)
 
 

@@ -10,7 +10,6 @@ Shapes: Q queries, D documents, T texts of the documents (more than D where docu
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -109,19 +108,21 @@ def _selection(shards: Shards, split: str, asked: list[str], qrels: Any, documen
     return Selection(shards.queries(split).rows(asked), shards.documents.rows(documents), owner, relevant)
 
 
-def best_before(folder: Path, settings: Mapping[str, Any]) -> float:
-    """MRR@10 of the best model that an earlier part of the run has kept; -1 where there is none of these settings.
+def best_before(folder: Path, same: Callable[[Mapping[str, Any]], bool]) -> float:
+    """MRR@10 of the best model that an earlier part of the run has kept; -1 where there is none.
 
     A model that was being replaced when the run was stopped gets its name back.
+
+    Args:
+        same: whether a model of that recipe counts.
     """
     aside = folder.with_name(folder.name + ".old")
     if aside.is_dir() and not folder.exists():
         aside.rename(folder)
     if not artifact.exists(folder):
         return -1.0
-    kept = artifact.read(folder, "model").extra["probe"]
-    plain = json.loads(json.dumps(settings))  # as a manifest gives it back
-    return float(kept["probe_mrr_10"]) if kept["settings"] == plain else -1.0
+    manifest = artifact.read(folder, "model")
+    return float(manifest.extra["probe"]["probe_mrr_10"]) if same(manifest.config) else -1.0
 
 
 def measures(scores: torch.Tensor, relevant: torch.Tensor) -> dict[str, float]:

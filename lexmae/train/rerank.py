@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 
+from lexmae import artifact
 from lexmae.cli import say
 from lexmae.config import RerankRecipe
+from lexmae.data.batches import RankingBatch
 from lexmae.data.pairs import PairBatch
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import backbone
-from lexmae.model.reranker import save_scorer
+from lexmae.model.reranker import KIND, CrossEncoder, save_scorer
 from lexmae.train import losses
-from lexmae.train.objectives import Metrics
+from lexmae.train.objectives import Metrics, Stateless
 
 
-class RerankObjective:
+class RerankObjective(Stateless):
     """Listwise softmax over the positive and the negatives of each query, mean over the queries of the global batch."""
 
     def micro_batches(self, step_data: list[PairBatch]) -> list[PairBatch]:
@@ -41,6 +43,39 @@ class RerankObjective:
     def sizes(self, batch: PairBatch) -> tuple[int, int]:
         """Tokens without and with padding."""
         return int(batch.attention_mask.sum()), batch.attention_mask.numel()
+
+
+class Teacher:
+    """A finished cross-encoder that scores the pairs of a ranking batch, without gradients.
+
+    Args:
+        folder: artifact of kind ``reranker``, or another cross-encoder's folder or hub name.
+        shards: what the pairs are made of; its tokenizer must be the cross-encoder's.
+    """
+
+    def __init__(self, folder: str, shards: Shards):
+        check_teacher(folder, shards)
+        self.scorer = CrossEncoder.load(folder).eval().requires_grad_(False)
+        made = artifact.read(folder, KIND).extra.get("pair_length") if artifact.exists(folder) else None
+        whole = shards.manifest.extra["query_length"] + shards.manifest.extra["max_length"] - 1
+        self.max_length = min(made or whole, self.scorer.max_length)
+
+    @torch.no_grad()
+    def __call__(self, batch: RankingBatch) -> torch.Tensor:
+        """Scores [Q, N] of each query's own documents, float32."""
+        device = batch.doc_order.device
+        self.scorer.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            scores = [self.scorer(**pairs.arguments()).float().view(-1, pairs.n_docs) for pairs in batch.pairs]
+        return torch.cat(scores)
+
+
+def check_teacher(folder: str, shards: Shards) -> None:
+    """InputError where a cross-encoder of ours was made with another tokenizer than the shards."""
+    if artifact.exists(folder):
+        made_with = artifact.read(folder, KIND).extra["tokenizer_hash"]
+        if made_with != shards.manifest.extra["tokenizer_hash"]:
+            raise InputError(f"was trained with another tokenizer than that of {shards.manifest.path}", folder)
 
 
 def check(config: RerankRecipe, shards: Shards) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lexmae import artifact, recipe
+from lexmae import artifact, lifeline, recipe
 from lexmae.cli import say
-from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, ProbeConfig, RerankRecipe
+from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, RerankRecipe
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
-from lexmae.model import reranker
+from lexmae.model import card, reranker
 from lexmae.model.encoder import save_masked_lm
+from lexmae.model.static_queries import save_table
+from lexmae.ranks import Hosts, several_hosts
 from lexmae.train import hardware, parts, probe, rerank, schedules
 from lexmae.train.hardware import Hardware
 
@@ -39,8 +42,11 @@ def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | 
         if config.split not in shards.splits:
             raise InputError(f"has no queries of the split '{config.split}'; it has {', '.join(shards.splits)}",
                              config.data)
-        if config.negatives.path and not Path(config.negatives.path).is_file():
-            raise InputError("no such file of negatives", config.negatives.path)
+        for source in config.negatives.lists:
+            if not Path(source.path).is_file():
+                raise InputError("no such file of negatives", source.path)
+    if isinstance(config, FinetuneRecipe) and config.loss.teacher:
+        rerank.check_teacher(config.loss.teacher, shards)
     if isinstance(config, RerankRecipe):
         rerank.check(config, shards)
     elif config.probe.every:
@@ -65,75 +71,111 @@ def _check_init(model: ModelConfig, shards: Shards, kinds: tuple[str, ...]) -> N
         raise InputError(f"was trained with another tokenizer than that of {shards.manifest.path}", model.init)
 
 
+def ready(config: PretrainRecipe | FinetuneRecipe | RerankRecipe,
+          resume: str | None = None) -> tuple[Hardware, Path | None]:
+    """``check``, and the checkpoint to continue from, which must fit the recipe.
+
+    Raises:
+        InputError: as ``check``; or the checkpoint does not exist, or is another recipe's.
+    """
+    spread, output = check(config, resume), Path(config.output)
+    if not resume or artifact.exists(output / "model"):
+        return spread, None
+    from lexmae.train import checkpoint
+
+    chosen = checkpoint.choose(output / "checkpoints", resume)
+    if chosen:
+        checkpoint.refuse_mismatch(chosen, _learning(config), spread.world, spread.zero_stage)
+    return spread, chosen
+
+
 def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | None = None) -> None:
     """Train as the recipe says and write ``output/model``; every rank calls it.
 
     Args:
         resume: ``auto`` continues from the newest checkpoint if there is one; a step or a path names one.
     """
-    spread = check(config, resume)
+    spread, chosen = ready(config, resume)
     output = Path(config.output)
-    if artifact.exists(output / "model"):
-        say(f"{output / 'model'} is finished: nothing to do")
-        return
+    if artifact.exists(output / "model") and not several_hosts():
+        return _finished(output)
     from lexmae.train import checkpoint, engine, loop  # deepspeed takes many seconds to import
 
-    chosen = checkpoint.choose(output / "checkpoints", resume) if resume else None
     learned = _learning(config)
-    if chosen:
-        checkpoint.refuse_mismatch(chosen, learned, spread.world, spread.zero_stage)
     device = engine.start_processes()
     try:
+        hosts = Hosts(output)
+        if hosts.agree(artifact.exists(output / "model")):  # a host apart has none in any case
+            return _finished(output)
+        chosen = checkpoint.fetch(hosts, chosen)
         engine.on_rank_zero(lambda: _open_output(output, config))
         shards = Shards.open(config.data)
+        hosts.refuse_difference(**_flat("recipe", learned), shards=shards.manifest.fingerprint,
+                                **_flat("DeepSpeed configuration", spread.config))
         torch.manual_seed(config.optimization.seed)
         reranking = isinstance(config, RerankRecipe)
         lm = rerank.build_scorer(config, shards) if reranking else parts.build_lm(config.model, shards)
         rank = torch.distributed.get_rank()
-        model, objective, data = parts.build(config, lm, shards, parts.Place(spread, rank, engine.gather,
-                                                                             engine.on_rank_zero))
+        model, objective, data = parts.build(config, lm, shards, parts.Place(
+            spread, rank, engine.gather, functools.partial(engine.on_rank_zero, hosts=hosts)))
         torch.manual_seed(config.optimization.seed + 1 + rank)  # dropout differs between ranks, weights do not
-        run_engine = engine.Engine(model, spread, config.optimization, device)
+        run_engine = engine.Engine(model, spread, config.optimization, device, hosts)
         total = schedules.total_steps(config.optimization, data.size)
         _announce(config, spread, model, total, data.size, run_engine.world)
-        start = checkpoint.load(run_engine, chosen) if chosen else 0
-        export = functools.partial(_export, run_engine, engine.on_rank_zero, lm, config, shards)
+        start, state = checkpoint.load(run_engine, chosen) if chosen else (0, {})
+        objective.load_state_dict(state)
+        export = functools.partial(_export, run_engine, engine.on_rank_zero, lm, getattr(model, "query_encoder", None),
+                                   config, shards)
         probing = {}
         if not reranking and config.probe.every:
             probing["probe"] = _probe(config, shards, objective, run_engine, engine, total, bool(chosen), export)
         loop.train(loop.Run(run_engine, objective, data, config.optimization, config.logging, total, output, learned,
                             **probing), start)
         export("model", total)
+    except Exception as error:
+        lifeline.blame(error)
     finally:
         engine.stop_processes()
+
+
+def _finished(output: Path) -> None:
+    say(f"{output / 'model'} is finished: nothing to do")
 
 
 def _probe(config: Any, shards: Shards, objective: Any, run_engine: Any, engine: Any, total: int, resumed: bool,
            export: Callable) -> probe.Probe:
     """The probe of a run; the best model so far is that of `output/best` where the run is continued."""
-    best, settings = Path(config.output) / "best", {"learned": _learning(config), "probe": _measured(config.probe)}
+    best, settings = Path(config.output) / "best", _comparable(recipe.to_dict(config))
 
     def keep(step: int, figures: dict[str, Any]) -> None:
-        export("best", step, probe={**figures, "step": step, "settings": settings})
+        export("best", step, probe={**figures, "step": step})
         say(f"{best}: probe MRR@10 {figures['probe_mrr_10']:.4f} at step {step}")
 
     before = torch.zeros(1, dtype=torch.float64, device=run_engine.device)
     if run_engine.rank == 0:  # which tells the others
-        before[0] = probe.best_before(best, settings) if resumed else -1.0
+        before[0] = probe.best_before(best, lambda other: _comparable(other) == settings) if resumed else -1.0
     chosen = probe.select(config.probe, shards, config.optimization.seed)
     say(f"probe: {len(chosen.queries)} queries of {config.probe.split}, {chosen.relevant.shape[1]} documents")
     return probe.Probe(config.probe, shards, chosen, total, run_engine, objective.encode, engine.gather, keep,
                        run_engine.sum(before).item())
 
 
-def _measured(config: ProbeConfig) -> dict[str, Any]:
-    """The settings on which the figures of a probe depend."""
-    return {"split": config.split, "queries": config.queries, "documents": config.documents}
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a composed recipe on which the figures of its probes depend, as a manifest gives it back."""
+    learned = {key: value for key, value in config.items() if key not in _WHERE_ONLY}
+    return json.loads(json.dumps({**learned, "probe": {**config["probe"], "every": None}}))
 
 
 def _learning(config: Any) -> dict[str, Any]:
     """The part of a recipe that a continued run must share with its beginning."""
     return {key: value for key, value in recipe.to_dict(config).items() if key not in _WHERE_ONLY}
+
+
+def _flat(name: str, values: Any) -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    if not isinstance(values, Mapping):
+        return {name: values}
+    return {key: item for inner, value in values.items() for key, item in _flat(f"{name}.{inner}", value).items()}
 
 
 def _open_output(output: Path, config: Any) -> None:
@@ -149,26 +191,31 @@ def _announce(config: Any, spread: Hardware, model: torch.nn.Module, total: int,
         f"accumulation {spread.accumulation}")
 
 
-def _export(run_engine: Any, on_rank_zero: Callable, lm: Any, config: Any, shards: Shards, name: str, step: int,
-            **facts: Any) -> None:
+def _export(run_engine: Any, on_rank_zero: Callable, lm: Any, queries: Any, config: Any, shards: Shards, name: str,
+            step: int, **facts: Any) -> None:
     """Write ``output/NAME``, the model after ``step`` steps, from the weights of all ranks; every rank calls it.
 
     Args:
         facts: more for its manifest.
     """
     state = run_engine.full_state(lm)
-    on_rank_zero(lambda: _write_model(Path(config.output) / name, lm, state, config, shards, step, facts))
+    table = None if queries is None else run_engine.full_state(queries)
+    on_rank_zero(lambda: _write_model(Path(config.output) / name, lm, state, table, config, shards, step, facts))
 
 
-def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], config: Any, shards: Shards, step: int,
-                 facts: dict[str, Any]) -> None:
-    """A model in Hugging Face layout from the gathered float32 weights; a better best one replaces that before it."""
+def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], table: dict[str, torch.Tensor] | None,
+                 config: Any, shards: Shards, step: int, facts: dict[str, Any]) -> None:
+    """A model in Hugging Face layout from the gathered float32 weights; a better best one replaces that before it.
+
+    Args:
+        table: the weights of static queries.
+    """
     extra = shards.manifest.extra
     inputs = {"shards": config.data}
     if config.model.init != "scratch":
         inputs["init"] = config.model.init
-    if isinstance(config, (FinetuneRecipe, RerankRecipe)) and config.negatives.path:
-        inputs["negatives"] = config.negatives.path
+    if isinstance(config, (FinetuneRecipe, RerankRecipe)):
+        inputs |= {f"negatives{i or ''}": source.path for i, source in enumerate(config.negatives.lists)}
     reranking = isinstance(config, RerankRecipe)
     with artifact.create(target, reranker.KIND if reranking else "model", inputs=inputs, config=recipe.to_dict(config),
                          overwrite=target.name == "best") as draft:
@@ -176,7 +223,22 @@ def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], config: 
             facts = {**facts, **rerank.save(lm, draft.path, shards, state, config)}
         else:
             save_masked_lm(lm, draft.path, shards.tokenizer_dir, state)
+        if table is not None:
+            draft.extra["queries"] = "static"
+            if not save_table(draft.path, table["raw"], shards.tokenizer_dir, extra["query_length"]):
+                say("sentence-transformers cannot load this model: its vocabulary is larger than the tokenizer's")
         draft.counts.update(steps=step, weights=sum(t.numel() for t in state.values()))
         draft.extra.update({key: extra[key] for key in ("tokenizer_hash", "vocab_size", "max_length", "query_length")})
         draft.extra.update(facts)
+        if not reranking:
+            (draft.path / card.NAME).write_text(_card(config, shards, draft), encoding="utf-8")
     say(f"wrote {target}")
+
+
+def _card(config: Any, shards: Shards, draft: artifact.Draft) -> str:
+    """The model card of a run, from its recipe, its data and its log."""
+    output, steps = Path(config.output), draft.counts["steps"]
+    stage = "finetune" if isinstance(config, FinetuneRecipe) else "pretrain"
+    return card.render(card.Facts(output.resolve().name, stage, recipe.dump(config), recipe.to_dict(config),
+                                  shards.manifest, steps, draft.counts["weights"],
+                                  card.last_figures(output / "log.jsonl", steps), card.base_model(config.model.init)))

@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lexmae.errors import InputError
+from lexmae.config.checks import require
+from lexmae.config.ranking import ActiveTermsConfig, LossConfig, NegativesConfig, NegativeSource
+
+__all__ = ["ARCHITECTURES", "ActiveTermsConfig", "BottleneckConfig", "FinetuneRecipe", "LoggingConfig", "LossConfig",
+           "MaskingConfig", "ModelConfig", "NegativeSource", "NegativesConfig", "OptimizationConfig", "PretrainRecipe",
+           "ProbeConfig", "require"]
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert")
 DECODER_MASKS = ("inclusive", "exclusive", "random")
 PASSAGES = ("first", "all")
+QUERY_ENCODERS = ("shared", "static")
 BOTTLENECKS = ("logits", "saturated", "cls", "off")
-
-
-def require(condition: bool, reason: str) -> None:
-    """Raise InputError(reason) unless ``condition`` holds."""
-    if not condition:
-        raise InputError(reason)
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class ModelConfig:
             before any training (``lexmae.model.lexical_start``) in place of the family's usual ones.
         frequency_penalty: lower the output bias of frequent tokens by up to this much before training, so that
             their weights start small, as with an inverse document frequency; 0 (the paper) leaves the bias alone.
+        queries: what makes a query's vector: ``shared``, the documents' encoder (the paper); ``static``, a table
+            with a learned weight per token, so that a query needs no model (``lexmae.model.static_queries``).
     """
 
     init: str = "bert-base-uncased"
@@ -43,8 +45,10 @@ class ModelConfig:
     size: Mapping[str, Any] = field(default_factory=dict)
     lexical_start: bool = False
     frequency_penalty: float = 0.0
+    queries: str = "shared"
 
     def __post_init__(self):
+        require(self.queries in QUERY_ENCODERS, f"queries: one of {', '.join(QUERY_ENCODERS)} is needed")
         require(self.architecture in ARCHITECTURES, f"architecture: one of {', '.join(ARCHITECTURES)} is needed")
         require(self.init == "scratch" or not self.size, "size: only goes with 'init: scratch'")
         require(self.init == "scratch" or not self.lexical_start, "lexical_start: only goes with 'init: scratch'")
@@ -96,55 +100,6 @@ class BottleneckConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """Contrastive loss and sparsity of fine-tuning (SPEC §3).
-
-    Attributes:
-        lambda_docs: weight λ_d of the FLOPS regulariser on documents.
-        lambda_queries: weight λ_q on queries; 0.75·λ_d where it is not given.
-        lambda_ramp: share of the steps over which both grow quadratically from 0; 0 has them constant.
-        temperature: divides the scores in the contrastive loss.
-        exclude_judged: leave other judged positives of a query out of its negatives within the batch.
-    """
-
-    lambda_docs: float = 0.0020
-    lambda_queries: float | None = None
-    lambda_ramp: float = 0.0
-    temperature: float = 1.0
-    exclude_judged: bool = True
-
-    def __post_init__(self):
-        require(self.lambda_docs >= 0, "lambda_docs: cannot be negative")
-        require(self.lambda_queries is None or self.lambda_queries >= 0, "lambda_queries: cannot be negative")
-        require(0 <= self.lambda_ramp <= 1, "lambda_ramp: a share of the steps between 0 and 1 is needed")
-        require(self.temperature > 0, "temperature: must be positive")
-
-    @property
-    def query_weight(self) -> float:
-        """λ_q."""
-        return 0.75 * self.lambda_docs if self.lambda_queries is None else self.lambda_queries
-
-
-@dataclass(frozen=True)
-class NegativesConfig:
-    """Hard negatives of a query.
-
-    Attributes:
-        path: file of negatives in any format of SPEC §5.
-        per_query: how many join each positive.
-        depth: they are drawn from this many at the top of the list.
-    """
-
-    path: str = ""
-    per_query: int = 15
-    depth: int = 1000
-
-    def __post_init__(self):
-        require(self.per_query >= 0, "per_query: cannot be negative")
-        require(self.depth >= 1, "depth: at least 1 is needed")
-
-
-@dataclass(frozen=True)
 class OptimizationConfig:
     """AdamW with linear warm-up and linear decay.
 
@@ -155,6 +110,7 @@ class OptimizationConfig:
         steps: optimizer steps.
         warmup: share of the steps over which the learning rate grows.
         clip: largest gradient norm; 0 has no clipping.
+        query_lr: peak learning rate of the table of static queries, with the same warm-up and decay.
     """
 
     lr: float = 3e-4
@@ -169,8 +125,10 @@ class OptimizationConfig:
     beta2: float = 0.999
     epsilon: float = 1e-8
     seed: int = 42
+    query_lr: float = 1e-3
 
     def __post_init__(self):
+        require(self.query_lr > 0, "query_lr: must be positive")
         require(self.lr > 0, "lr: must be positive")
         require(self.batch >= 1, "batch: at least 1 is needed")
         require(self.micro_batch is None or self.micro_batch >= 1, "micro_batch: at least 1 is needed")
@@ -239,6 +197,9 @@ class PretrainRecipe:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
+    def __post_init__(self):
+        require(self.model.queries == "shared", "model: static queries are learned in fine-tuning")
+
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
@@ -265,6 +226,8 @@ class FinetuneRecipe:
 
     def __post_init__(self):
         require(self.passages in PASSAGES, f"passages: one of {', '.join(PASSAGES)} is needed")
+        require(self.model.queries == "shared" or self.loss.active_terms.queries is None,
+                "loss or model: the active terms of static queries are their tokens, so they cannot have a budget")
 
 
 @dataclass(frozen=True)
