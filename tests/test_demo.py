@@ -296,15 +296,17 @@ def test_the_command_serves_and_stops(folders, stop, tmp_path):
     import os
 
     process = subprocess.Popen(command(folders, "--port", "0"), stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                               env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)})
+                               env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+                               # A shell's background job ignores Ctrl-C, and so would what it starts.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         address = next(found[0] for line in process.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+/", line)))
         with urllib.request.urlopen(address + "api/search?q=silver") as answer:
             assert json.load(answer)["results"]
         assert [path.name for path in tmp_path.glob("lexmae-demo-*/*")] == ["texts.sqlite"]
         process.send_signal(stop)
-        rest = process.stderr.read()
-        assert process.wait(30) == 0 and rest.strip() == "stopped"
+        _, rest = process.communicate(timeout=30)
+        assert process.returncode == 0 and rest.strip() == "stopped"
         assert not list(tmp_path.glob("lexmae-demo-*"))
     finally:
         process.kill()
