@@ -42,6 +42,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["lexmae", "lexmae.*"]),
+    package_data={"lexmae.demo": ["templates/*", "static/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

@@ -27,6 +27,7 @@ from lexmae.data.corpus import Passage, write_beir
 from lexmae.data.prepare import prepare
 from lexmae.data.shards import Shards
 from lexmae.model import backbone, lexicon
+from lexmae.model.decoder import new_decoder
 from lexmae.model.pretrainer import Pretrainer
 from lexmae.train import hardware
 from lexmae.train.objectives import PretrainObjective
@@ -38,7 +39,7 @@ class Usual(nn.Module):
     def __init__(self, lm: Any, attention: str):
         super().__init__()
         lm.set_attn_implementation(attention)
-        self.lm, self.decoder, self.weights = lm, backbone.new_decoder(lm, 2), attention == "eager"
+        self.lm, self.decoder, self.weights = lm, new_decoder(lm, 2), attention == "eager"
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, text_mask: Tensor, token_type_ids: Tensor,
                 enc_labels: Tensor, dec_input_ids: Tensor, dec_labels: Tensor) -> tuple[Tensor, Tensor]:

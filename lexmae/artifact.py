@@ -7,6 +7,7 @@ with which configuration it was made, what it holds (counts, checksums), and wit
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +25,9 @@ from lexmae.errors import InputError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+DOCUMENTATION = ("README.md",)
+"""Files that explain an artifact. They have a checksum, but no part in its fingerprint: what is made from an artifact
+does not depend on them."""
 _VERSIONS = ("torch", "transformers", "tokenizers", "deepspeed", "numpy", "pyarrow")
 
 
@@ -35,11 +39,13 @@ class Draft:
         path: the temporary directory to write files into.
         counts: numbers of what it holds, for the manifest.
         extra: further facts for the manifest (JSON values).
+        known: checksums of files taken over unread from a finished artifact, by name.
     """
 
     path: Path
     counts: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Manifest:
     """What ``manifest.json`` of a finished artifact says.
 
     Attributes:
-        fingerprint: sha256 over the names and checksums of all files: equal content, equal fingerprint.
+        fingerprint: sha256 over the names and checksums of all files but DOCUMENTATION: equal content, equal
+            fingerprint.
     """
 
     path: Path
@@ -128,8 +135,9 @@ def seal(draft: Draft, path: str | Path, kind: str, *, inputs: Mapping[str, str 
          config: Mapping[str, Any] | None = None) -> Manifest:
     """Write the manifest of ``draft``, flush everything to disk and give it its final name."""
     path = Path(path)
-    files = {str(p.relative_to(draft.path)): checksum(p) for p in sorted(draft.path.rglob("*"))
+    names = {str(p.relative_to(draft.path)): p for p in sorted(draft.path.rglob("*"))
              if p.is_file() and p.name != MANIFEST}
+    files = {name: draft.known.get(name) or checksum(p) for name, p in names.items()}
     record = {"lexmae": __version__, "format": FORMAT, "kind": kind, "inputs": _describe_inputs(inputs or {}),
               "config": dict(config or {}), "counts": draft.counts, "extra": draft.extra, "files": files,
               "fingerprint": _fingerprint(files), "versions": versions()}
@@ -176,6 +184,29 @@ def verify(path: str | Path) -> None:
             raise InputError("is listed in the manifest but missing", file)
         if checksum(file) != expected:
             raise InputError("does not have the checksum that the manifest gives; it was changed or damaged", file)
+
+
+def annotate(path: str | Path, extra: Mapping[str, Any], documentation: Mapping[str, str]) -> None:
+    """Change what a finished artifact says about itself; its content, and so its fingerprint, stays.
+
+    Each file is replaced as a whole. Stopped between two, `verify` names the file; doing it again repairs that.
+
+    Args:
+        extra: further or other facts for the manifest.
+        documentation: names among DOCUMENTATION → texts.
+    """
+    path = read(path).path
+    record = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    record["extra"].update(extra)
+    for name, text in documentation.items():
+        if name not in DOCUMENTATION:
+            raise ValueError(f"{name} is content, not documentation")
+        with atomic_file(path / name) as out:
+            out.write(text)
+        record["files"][name] = checksum(path / name)
+    with atomic_file(path / MANIFEST) as out:
+        json.dump(record, out, indent=1, ensure_ascii=False)
+        out.write("\n")
 
 
 def inside(folder: str | Path, name: str) -> Path:
@@ -273,7 +304,8 @@ def _describe_inputs(inputs: Mapping[str, str | Path]) -> dict[str, dict[str, st
 
 
 def _fingerprint(files: Mapping[str, str]) -> str:
-    return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in sorted(files.items())).encode()).hexdigest()
+    lines = [f"{name} {digest}" for name, digest in sorted(files.items()) if name not in DOCUMENTATION]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def checksum(path: str | Path) -> str:
@@ -294,8 +326,10 @@ def _fsync(path: Path) -> None:
 
 
 def _replace_directory(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; an old ``target`` is moved aside first and removed last."""
-    if target.exists():
+    """Rename ``source`` to ``target``; an old one changes places with it, or is moved aside, and is removed last."""
+    if target.exists() and _exchange(source, target):
+        shutil.rmtree(source)
+    elif target.exists():
         old = target.with_name(target.name + ".old")
         if old.exists():
             shutil.rmtree(old)
@@ -305,6 +339,16 @@ def _replace_directory(source: Path, target: Path) -> None:
     else:
         os.rename(source, target)
     _fsync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step, so that there is no moment without either (Linux); False where it cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _umask() -> int:

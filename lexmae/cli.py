@@ -106,6 +106,15 @@ def say(message: str) -> None:
         sys.stderr.flush()
 
 
+_hidden = False
+
+
+def hide_progress() -> None:
+    """No progress bars from here on: for a server, whose every request would draw some."""
+    global _hidden
+    _hidden = True
+
+
 def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it",
              disable: bool = False, initial: int = 0) -> tqdm:
     """A progress bar with rate and time left on stderr; silent on ranks other than 0.
@@ -113,5 +122,6 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
     Without a terminal it prints a line every 30 seconds instead of redrawing.
     """
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=disable or not is_main_rank(), initial=initial,
+    disable = disable or _hidden or not is_main_rank()
+    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=disable, initial=initial,
                 mininterval=interval, dynamic_ncols=True, smoothing=0.1)

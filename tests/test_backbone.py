@@ -8,6 +8,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, Bert
 
 from lexmae.errors import InputError
 from lexmae.model import backbone
+from lexmae.model.decoder import new_decoder
 
 ALL = sorted(backbone.FAMILIES)
 
@@ -215,7 +216,7 @@ def test_unreachable_hub_names_are_one_clear_line(monkeypatch):
 @pytest.mark.parametrize("n_layers", [1, 2, 5])
 def test_decoder_owns_layers_transform_and_bias_only(architecture, n_layers):
     lm = tiny(architecture)
-    decoder = backbone.new_decoder(lm, n_layers)
+    decoder = new_decoder(lm, n_layers)
     shapes = [tuple(p.shape) for p in decoder.parameters()]
     assert shapes.count((VOCAB,)) == 1 and decoder.bias.shape == (VOCAB,)
     assert not any(VOCAB in shape and len(shape) == 2 for shape in shapes)
@@ -232,7 +233,7 @@ def test_decoder_owns_layers_transform_and_bias_only(architecture, n_layers):
 def test_decoder_with_the_encoders_weights_is_the_encoder(architecture):
     """As many layers and the same weights: the decoder of embedded ids gives the encoder's hidden states."""
     lm, inputs = tiny(architecture), batch()
-    decoder = backbone.new_decoder(lm, 3).eval()
+    decoder = new_decoder(lm, 3).eval()
     source = dict(lm.named_parameters(remove_duplicate=False))
     for name, parameter in decoder.layers.named_parameters():
         parameter.data.copy_(source[name])
@@ -247,10 +248,10 @@ def test_modernbert_decoder_repeats_the_attention_pattern():
     lm = tiny("modernbert")
     assert lm.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
     for n in (1, 2, 5):
-        types = [layer.attention_type for layer in backbone.new_decoder(lm, n).layers.model.layers]
+        types = [layer.attention_type for layer in new_decoder(lm, n).layers.model.layers]
         assert types == [lm.config.layer_types[i % 3] for i in range(n)]
 
 
 def test_decoder_needs_a_layer():
     with pytest.raises(InputError, match="at least one layer"):
-        backbone.new_decoder(tiny(), 0)
+        new_decoder(tiny(), 0)

@@ -251,7 +251,7 @@ def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, m
     monkeypatch.setattr(blocks, "ranks", ranks)
     monkeypatch.setattr(blocks, "Hosts", thread_hosts(local, barrier))
     encoder = SparseEncoder.load(model_dir)  # transformers cannot load in several threads at once
-    monkeypatch.setattr(encode.SparseEncoder, "load", lambda _: encoder)
+    monkeypatch.setattr(encode.SparseEncoder, "load", lambda *_, **__: encoder)
 
     def work(rank: int) -> None:
         local.rank = rank

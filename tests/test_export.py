@@ -6,9 +6,11 @@ import json
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 from lexmae.errors import InputError
-from lexmae.retrieval.export import export
+from lexmae.retrieval import export_check
+from lexmae.retrieval.export import FORMATS, export
 from lexmae.retrieval.vectors import SparseVectors, quantise
 
 VOCABULARY = ["[PAD]", "the", "##s", "é", '"q"', "▁x", "."]
@@ -98,3 +100,103 @@ def test_from_an_artifact(tmp_path):
         export(tmp_path / "v", "anserini", tmp_path / "o")
     with pytest.raises(InputError, match="vectors of docs"):
         export(tmp_path / "v", "anserini", tmp_path / "p", side="queries")
+
+
+# ------------------------------------------------------------------------------------------------------ read back
+
+
+def many(side, n=300, seed=0, scale=100):
+    """Random vectors over a vocabulary of words."""
+    rng = np.random.default_rng(seed)
+    dense = rng.exponential(1.0, (n, 90)) * (rng.random((n, 90)) < 0.2)
+    return SparseVectors([f"{side[0]}{i}" for i in range(n)], *quantise(dense, 1, scale),
+                         [f"wörd{i}" for i in range(90)], {"side": side})
+
+
+@pytest.mark.parametrize("side", ["docs", "queries"])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_every_format_is_read_back(tmp_path, layout, side, monkeypatch):
+    monkeypatch.setattr(export_check, "_CHUNK", 70)
+    found = export(many(side), layout, tmp_path / "o", file_size=100).extra["check"]
+    assert found == {"texts": 300, "queries": 16, "weights_changed": found["weights_changed"],
+                     "weight_error": found["weight_error"], "score_error": found["score_error"]}
+    assert "check" not in export(many(side), layout, tmp_path / "p", check=0).extra
+
+
+def damage(folder, layout):
+    """One weight less in the last document."""
+    if layout == "csr":
+        matrix = scipy.sparse.load_npz(folder / "vectors.npz")
+        matrix.data[-1] += 1
+        scipy.sparse.save_npz(folder / "vectors.npz", matrix)
+        return
+    file = next(folder.glob("docs-*.jsonl"), None) or next(folder.glob("bulk-*.ndjson"))
+    lines = file.read_text(encoding="utf-8").splitlines()
+    row = json.loads(lines[-1])
+    vector = row.get("vector") or row["lexicon"]
+    vector[next(iter(vector))] += 1
+    file.write_text("\n".join([*lines[:-1], json.dumps(row)]) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_files_that_differ_are_found_out(tmp_path, layout):
+    made = many("docs", 40)
+    export(made, layout, tmp_path / "o", check=0)
+    export_check.check(made, tmp_path / "o", layout, "docs", 40)
+    damage(tmp_path / "o", layout)
+    with pytest.raises(InputError, match="read back, 'd39' scores [0-9]+ instead of"):
+        export_check.check(made, tmp_path / "o", layout, "docs", 40)
+    with pytest.raises(InputError, match="read back, 40 of 41 texts|are not those that were written"):
+        export(made, layout, tmp_path / "p", check=0)
+        export_check.check(many("docs", 41), tmp_path / "p", layout, "docs", 0)
+
+
+def test_a_bad_export_does_not_stay(tmp_path):
+    """Two entries of the same name: Seismic's format would merge them."""
+    made = SparseVectors(["a", "b"], np.array([0, 2, 3]), np.array([0, 1, 1], np.int32), np.array([3, 4, 9], np.uint16),
+                         ["same", "same"], {"side": "docs"})
+    with pytest.raises(InputError, match="read back, 'a' scores"):
+        export(made, "seismic", tmp_path / "o")
+    assert not list(tmp_path.iterdir())
+
+
+def test_loss_of_nine_significant_bits():
+    """By Python's own arithmetic; whole numbers up to 512 lose nothing, larger ones less than 1/256."""
+    weights = np.arange(1, 65536, dtype=np.int64)
+    kept = export_check.nine_bits(weights)
+    for weight in (1, 2, 300, 511, 512, 513, 514, 1023, 1025, 40_001, 65_535):
+        step = max(1, 2 ** (weight.bit_length() - 9))
+        assert kept[weight - 1] == weight // step * step
+    assert (kept[:512] == weights[:512]).all() and kept[512] == 512
+    assert ((weights - kept) / weights).max() < 1 / 256
+
+
+@pytest.mark.parametrize(("layout", "scale", "changes"), [
+    ("opensearch", 20, False), ("opensearch", 5000, True), ("elasticsearch", 5000, True), ("seismic", 100, False),
+    ("seismic", 5000, True), ("anserini", 5000, False), ("csr", 5000, False)])
+def test_loss_is_reported(tmp_path, layout, scale, changes):
+    made = many("docs", scale=scale)
+    found = export(made, layout, tmp_path / "o").extra["check"]
+    assert (found["weights_changed"] > 0.1) == (found["weight_error"] > 0) == changes
+    assert found["score_error"] <= found["weight_error"] <= 1 / 256
+    if layout == "opensearch" and changes:
+        kept = [w >> max(0, w.bit_length() - 9) << max(0, w.bit_length() - 9) for w in made.weights.tolist()]
+        assert found["weights_changed"] == pytest.approx(np.mean(np.array(kept) != made.weights))
+
+
+def test_mappings(tmp_path):
+    for layout, kind in (("opensearch", "rank_features"), ("elasticsearch", "sparse_vector")):
+        export(vectors("docs"), layout, tmp_path / layout)
+        mapping = json.loads((tmp_path / layout / "mapping.json").read_text())
+        assert mapping == {"mappings": {"properties": {"lexicon": {"type": kind}}}}
+    export(vectors("queries", prefix="q"), "elasticsearch", tmp_path / "q")
+    first = json.loads((tmp_path / "q" / "queries.jsonl").read_text().splitlines()[0])
+    assert first == {"id": "q0", "query_vector": {"1": 100, "3": 2}}
+
+
+def test_csr_is_what_scipy_reads(tmp_path):
+    made = many("docs")
+    export(made, "csr", tmp_path / "o")
+    np.testing.assert_array_equal(scipy.sparse.load_npz(tmp_path / "o" / "vectors.npz").toarray(),
+                                  made.to_scipy().toarray())
+    assert (tmp_path / "o" / "ids.txt").read_text().split() == made.ids

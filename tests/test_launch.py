@@ -97,6 +97,15 @@ def test_two_ranks_distil_what_one_distils(stage, shards_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_models_have_a_card(alone):
+    for kind, folder in alone.items():
+        text, last = (folder / "model" / "README.md").read_text(encoding="utf-8"), log(folder)[-1]
+        assert f"| Loss | {last['loss']:.4g} |" in text and "| Documents | 41 |" in text and "seed: 42" in text
+        assert ("| Active terms of a document |" in text) == (kind == "finetune")
+        artifact.verify(folder / "model")
+
+
+@pytest.mark.slow
 def test_losses_fall(alone):
     for folder in alone.values():
         losses = [line["loss"] for line in log(folder)]

@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+import pytrec_eval
 import scipy.stats
 
 from lexmae.errors import InputError
@@ -158,3 +159,61 @@ def test_flops_is_the_mean_number_of_shared_terms():
 def test_a_run_object_is_taken_as_it_is(chance_data):
     run, qrels = chance_data
     assert evaluate(Run.from_pairs(run), qrels).means == evaluate(run, qrels).means
+
+
+# -------------------------------------------------------------------------------------------------- trec_eval, tests
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_every_measure_is_trec_evals(chance_data, level):
+    """pytrec_eval's own numbers on the raw scores, all different; queries without results count 0 here and there."""
+    run, qrels = chance_data
+    chance = random.Random(4)
+    run = {q: dict(zip([d for d, _ in pairs], chance.sample(range(10_000), len(pairs)), strict=True))
+           for q, pairs in run.items()}
+    names = {"nDCG@10": "ndcg_cut_10", "nDCG@5": "ndcg_cut_5", "Recall@5": "recall_5", "Recall@100": "recall_100",
+             "MAP": "map", "MRR@1000": "recip_rank"}
+    judge = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.5,10", "recall.5,100", "map", "recip_rank"},
+                                           relevance_level=level)
+    theirs = judge.evaluate({q: {d: float(s) for d, s in scores.items()} for q, scores in run.items()})
+    ours = evaluate({q: list(scores.items()) for q, scores in run.items()}, qrels, list(names), level)
+    for name, trec in names.items():
+        for query in qrels:
+            expected = theirs[query][trec] if query in theirs else 0.0
+            assert ours.per_query[query][name] == pytest.approx(expected, abs=1e-6), (name, query)
+        assert round(ours.means[name], 4) == round(sum(v[trec] for v in theirs.values()) / len(qrels), 4)
+
+
+def test_mrr_at_ten_is_trec_evals_reciprocal_rank_of_the_first_ten(chance_data):
+    run, qrels = chance_data
+    order = {q: sorted(pairs, key=lambda p: (-p[1], p[0]))[:10] for q, pairs in run.items()}
+    judge = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"})
+    theirs = judge.evaluate({q: {d: float(10 - i) for i, (d, _) in enumerate(pairs)} for q, pairs in order.items()})
+    expected = sum(values["recip_rank"] for values in theirs.values()) / len(qrels)
+    assert evaluate(run, qrels, ["MRR@10"]).means["MRR@10"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_judged_by_hand():
+    run = {"q1": [("a", 3), ("b", 2), ("c", 1)], "q2": [("x", 1)]}
+    qrels = {"q1": {"b": 0, "c": 2, "z": 1}, "q2": {"y": 1}, "q3": {"a": 1}}
+    result = evaluate(run, qrels, ["judged@1", "judged@2", "judged@10"])
+    assert result.per_query["q1"] == {"judged@1": 0, "judged@2": 1 / 2, "judged@10": pytest.approx(2 / 3)}
+    assert result.means["judged@10"] == pytest.approx((2 / 3 + 0 + 0) / 3)
+
+
+def test_graded_judgements_as_trec_dl_has_them():
+    """Grades 0 to 3: relevant from 2 on, all of them gain for nDCG."""
+    run = {"q": [("one", 4), ("zero", 3), ("two", 2), ("three", 1)]}
+    qrels = {"q": {"zero": 0, "one": 1, "two": 2, "three": 3}}
+    found = evaluate(run, qrels, ["MRR@10", "Recall@3", "MAP", "nDCG@10"], relevance_level=2).means
+    gain = 1 + 0 + 2 / math.log2(4) + 3 / math.log2(5)
+    ideal = 3 + 2 / math.log2(3) + 1 / math.log2(4)
+    assert found == pytest.approx({"MRR@10": 1 / 3, "Recall@3": 1 / 2, "MAP": (1 / 3 + 2 / 4) / 2,
+                                   "nDCG@10": gain / ideal})
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]), ([0.5, 0.9], [1.0, 1.0]), ([0.02], [0.02]), ([], []),
+    ([0.0001, 0.2, 0.049, 0.012], [0.0004, 0.2, 0.098, 0.036])])
+def test_holm_by_hand(given, expected):
+    assert metrics.holm(given) == pytest.approx(expected)

@@ -13,6 +13,7 @@ import pytest
 
 from lexmae.data.corpus import write_qrels
 from lexmae.errors import InputError
+from lexmae.retrieval import fusion
 from lexmae.retrieval.runs import read_run, write_run
 from lexmae.retrieval.vectors import SparseVectors, quantise
 
@@ -56,6 +57,29 @@ def test_search_leaves_out_the_query_itself(work):
             "--exclude-self")
     assert read_run(work / "r").documents("d5") == ["d0", "d1", "d10"]
     assert len(read_run(work / "r").documents("q3")) == 3
+
+
+def test_index_is_changed_in_place(work, capsys):
+    vectors = SparseVectors.open(work / "docs")
+    SparseVectors(["new"], vectors.indptr[:2], vectors.indices[:12], vectors.weights[:12], VOCABULARY,
+                  {"side": "docs"}).save(work / "more")
+    (work / "ids").write_text("d3\nd0\n")
+    command("index", "--index", work / "i", "--delete", work / "ids", "--add", work / "more")
+    command("search", "--index", work / "i", "--queries", work / "q", "--hits", 2, "--output", work / "r")
+    assert dict(read_run(work / "r")) == {"q3": [("d1", 1000), ("d10", 1000)], "d5": [("d5", 21000), ("d1", 1000)]}
+    command("index", "--index", work / "i", "--compact")
+    assert "11 documents of 12.0 terms each" in capsys.readouterr().err
+    command("search", "--index", work / "i", "--queries", work / "q", "--hits", 2, "--output", work / "r2")
+    assert (work / "r").read_bytes() == (work / "r2").read_bytes()
+    for wrong in (["--index", work / "i"], ["--add", work / "more"],
+                  ["--index", work / "i", "--compact", "--vectors", work / "docs"]):
+        with pytest.raises(InputError, match="--index"):
+            command("index", *wrong)
+
+
+def test_search_on_a_device_that_is_not_there(work):
+    with pytest.raises(InputError, match="abacus"):
+        command("search", "--index", work / "i", "--queries", work / "q", "--output", work / "r", "--device", "abacus")
 
 
 def test_search_with_documents_as_queries_is_refused(work):
@@ -107,3 +131,38 @@ def test_help_shows_defaults(name, capsys):
     with pytest.raises(SystemExit) as stop:
         command(name, "--help")
     assert stop.value.code == 0 and "(default: " in capsys.readouterr().out
+
+
+def test_dense_vectors_from_encoding_to_a_hybrid_run(model_dir, shards_dir, beir_dir, tmp_path, capsys):
+    pytest.importorskip("faiss", reason="needs faiss-cpu or faiss-gpu")
+    for kind in ("lexicon", "cls"):
+        for side in (["docs"], ["queries", "--split", "dev"]):
+            command("encode", "--model", model_dir, "--data", shards_dir, "--side", *side, "--representation", kind,
+                    "--output", tmp_path / f"{kind}-{side[0]}")
+        command("index", "--vectors", tmp_path / f"{kind}-docs", "--output", tmp_path / f"{kind}-index", "--engine",
+                "exact" if kind == "lexicon" else "faiss")
+        command("search", "--index", tmp_path / f"{kind}-index", "--queries", tmp_path / f"{kind}-queries", "--hits", 9,
+                "--output", tmp_path / kind, "--json", tmp_path / f"{kind}.json")
+    assert "16 dimensions" in capsys.readouterr().err
+    command("search", "--fuse", tmp_path / "lexicon", tmp_path / "cls", "--fusion", "min-max", "--weights", 1, 0.5,
+            "--hits", 5, "--output", tmp_path / "hybrid", "--json", tmp_path / "hybrid.json")
+    hybrid, parts = read_run(tmp_path / "hybrid"), [read_run(tmp_path / kind) for kind in ("lexicon", "cls")]
+    assert dict(hybrid) == dict(fusion.fuse(parts, "min-max", weights=[1, 0.5], hits=5))
+    assert json.loads((tmp_path / "hybrid.json").read_text())["fusion"] == "min-max"
+    command("evaluate", "--run", tmp_path / "lexicon", tmp_path / "hybrid", "--qrels", beir_dir, "--split", "dev")
+    with pytest.raises(InputError, match="holds dense vectors, which the engine exact"):
+        command("search", "--index", tmp_path / "lexicon-index", "--queries", tmp_path / "cls-queries", "--output",
+                tmp_path / "no")
+    with pytest.raises(InputError, match="--top-k is for sparse"):
+        command("search", "--index", tmp_path / "cls-index", "--queries", tmp_path / "cls-queries", "--output",
+                tmp_path / "no", "--top-k", 3)
+
+
+def test_search_options_that_contradict_each_other(work):
+    for arguments, reason in [(["--fuse", "a", "b", "--index", "i"], "takes the place of"), ([], "or --fuse with runs"),
+                              (["--index", "i", "--queries", "q", "--weights", 1], "--weights goes with --fuse"),
+                              (["--index", work / "i", "--queries", work / "q", "--effort", 2], "exact is exact")]:
+        with pytest.raises(InputError, match=reason):
+            command("search", *arguments, "--output", work / "none")
+    with pytest.raises(InputError, match="--faiss-kind goes with"):
+        command("index", "--vectors", work / "docs", "--output", work / "j", "--faiss-kind", "flat")

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Encode documents or queries into sparse vectors, on one device or, through deepspeed, on all.
+"""Encode documents or queries into vectors, sparse or dense, on one device or, through deepspeed, on all.
 
   python tools/encode.py --model runs/stage1/model --data shards --side docs --output vectors/docs
   deepspeed tools/encode.py --model M --data SHARDS --side queries --split dev --output VECTORS
+  python tools/encode.py --model M --data SHARDS --side docs --representation cls --output dense/docs
 A run that was stopped goes on with what is missing.
 """
 
@@ -17,6 +18,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--side", required=True, choices=("docs", "queries"), help="what to encode")
     parser.add_argument("--split", help="split of the queries, such as dev")
     parser.add_argument("--output", required=True, help="folder of vectors to write")
+    parser.add_argument("--representation", choices=("lexicon", "bottleneck", "cls"), default="lexicon",
+                        help="sparse vectors over the vocabulary, or dense ones for the engine faiss: LexMAE's "
+                             "bottleneck, or the last hidden state of [CLS]")
     parser.add_argument("--top-k", type=int, help="keep the k largest weights of each text")
     parser.add_argument("--batch-tokens", type=int, default=16384, help="padded tokens per batch")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
@@ -29,11 +33,15 @@ def main(argv: list[str] | None = None) -> None:
     if options.top_k is not None and options.top_k < 1 or options.batch_tokens < 1:
         raise InputError("--top-k and --batch-tokens must be at least 1")
 
-    from lexmae.retrieval import encode  # torch, once the arguments are known to be good
+    from lexmae.retrieval import encode, encode_dense  # torch, once the arguments are known to be good
 
     config = encode.EncodeConfig(options.side, options.split if options.side == "queries" else None, options.top_k,
                                  options.batch_tokens, options.precision)
-    encode.encode(options.model, options.data, options.output, config, overwrite=options.overwrite)
+    if options.representation == "lexicon":
+        encode.encode(options.model, options.data, options.output, config, overwrite=options.overwrite)
+    else:
+        encode_dense.encode(options.model, options.data, options.output, config, options.representation,
+                            overwrite=options.overwrite)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lexmae.config import require
 
-ENGINES = ("exact", "anserini")
+ENGINES = ("exact", "anserini", "seismic")  # those of sparse vectors
 RERANKER = "reranker"
 
 

@@ -68,6 +68,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+PEER_CONFIGS = tuple(f"sentence_{name}_config.json" for name in (
+    "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"))  # fmt: skip
+"""Names under which sentence-transformers has stored how a backbone is read; new folders have the first."""
+
 _TO_RESIDUAL = re.compile(r"(output\.dense|out_lin|lin2|Wo)$")
 
 
@@ -83,13 +87,13 @@ def _family(lm: PreTrainedModel) -> Family:
 # ---------------------------------------------------------------------------------------------- making one
 
 
-def load_masked_lm(init: str, **kw: Any) -> PreTrainedModel:
+def load_masked_lm(init: str, subfolder: str = "", **kw: Any) -> PreTrainedModel:
     """A masked language model from a folder or a hub name, in float32 unless `dtype` says otherwise.
 
-    Keywords go to `AutoModelForMaskedLM.from_pretrained`. Raises InputError when the folder or name holds no
-    such model.
+    `subfolder` names the part of the folder that holds it. Keywords go to `AutoModelForMaskedLM.from_pretrained`.
+    Raises InputError when the folder or name holds no such model.
     """
-    return _settle(_load(AutoModelForMaskedLM, "a masked language model", init, **kw))
+    return _settle(_load(AutoModelForMaskedLM, "a masked language model", init, subfolder, **kw))
 
 
 def load_scorer(init: str, **kw: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -112,23 +116,25 @@ def load_scorer(init: str, **kw: Any) -> tuple[PreTrainedModel, list[str]]:
     return model, new
 
 
-def _load(kind: Any, what: str, init: str, **kw: Any) -> Any:
+def _load(kind: Any, what: str, init: str, subfolder: str = "", **kw: Any) -> Any:
     """What an auto class of transformers makes of a folder or hub name, in float32 unless `dtype` says otherwise."""
     if not init:
         raise InputError("a model folder or hub name is needed")
     folder = Path(init)
     if folder.is_dir():
+        folder, subfolder = folder / subfolder, ""
+        init = str(folder)
         if not (folder / "config.json").is_file():
             raise InputError("no config.json: not a Hugging Face model folder", path=init)
     elif folder.is_absolute() or init.startswith((".", "~")) or init.count("/") > 1:
         raise InputError("no such model folder", path=init)
     try:
-        config = AutoConfig.from_pretrained(
-            init, trust_remote_code=False, **{name: kw.pop(name) for name in ("num_labels",) if name in kw})
+        given = {name: kw.pop(name) for name in ("num_labels",) if name in kw}
+        config = AutoConfig.from_pretrained(init, subfolder=subfolder, trust_remote_code=False, **given)
         _check_family(config.model_type, init)
         with quiet() if folder.is_dir() else nullcontext():  # a download keeps its progress bar
-            return kind.from_pretrained(init, config=config, trust_remote_code=False,
-                                        **{"dtype": torch.float32, **kw})
+            kw = {"dtype": torch.float32, **kw}
+            return kind.from_pretrained(init, config=config, subfolder=subfolder, trust_remote_code=False, **kw)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
@@ -286,62 +292,3 @@ def _segments(lm: PreTrainedModel, token_type_ids: Tensor | None) -> dict[str, T
     if token_type_ids is None or not _family(lm).segments or lm.config.type_vocab_size < 2:
         return {}
     return {"token_type_ids": token_type_ids}
-
-
-# ---------------------------------------------------------------------------------------------- the decoder
-
-
-class _PassThrough(nn.Module):
-    """Stands where a backbone's embeddings stood: what comes in as `inputs_embeds` goes on unchanged."""
-
-    def forward(self, input_ids: None = None, inputs_embeds: Any = None, *_: Any, **__: Any) -> Tensor:
-        return inputs_embeds
-
-
-class _OutputBias(nn.Module):
-    """Stands where a backbone's output projection stood, and keeps its bias [V] only."""
-
-    def __init__(self, bias: nn.Parameter | None):
-        super().__init__()
-        self.bias = bias
-
-
-class Decoder(nn.Module):
-    """Transformer layers of a backbone's own kind, an LM-head transform and an output bias.
-
-    It owns neither embeddings nor an output matrix: the caller embeds its input and multiplies its output
-    with the word embeddings of the encoder, which is what ties the two.
-    """
-
-    def __init__(self, lm: PreTrainedModel):
-        super().__init__()
-        lm.base_model.embeddings = _PassThrough()
-        lm.set_output_embeddings(_OutputBias(lm.get_output_embeddings().bias))
-        self.layers = lm
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The output bias [V] (None where the backbone has none)."""
-        return self.layers.get_output_embeddings().bias
-
-    def forward(self, embedded: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embedded tokens [B, L, H] -> last hidden states [B, L, H]."""
-        return self.layers.base_model(inputs_embeds=embedded, attention_mask=attention_mask).last_hidden_state
-
-    def transform(self, hidden: Tensor) -> Tensor:
-        """The LM head up to the output matrix: [..., H] -> [..., H]."""
-        return transform(self.layers, hidden)
-
-
-def new_decoder(lm: PreTrainedModel, n_layers: int) -> Decoder:
-    """A randomly initialised decoder of `n_layers` layers of `lm`'s own kind (SPEC §1)."""
-    if n_layers < 1:
-        raise InputError(f"the decoder needs at least one layer, not {n_layers}")
-    config = copy.deepcopy(lm.config)
-    pattern = getattr(config, "layer_types", None)
-    config.num_hidden_layers = n_layers
-    if pattern:
-        config.layer_types = [pattern[i % len(pattern)] for i in range(n_layers)]
-    attention = lm.config._attn_implementation
-    small = AutoModelForMaskedLM.from_config(config, dtype=lm.dtype, attn_implementation=attention)
-    return Decoder(small.to(word_embeddings(lm).device))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lexmae.errors import InputError
-from lexmae.model import backbone, lexicon
-from lexmae.model.head import max_logits
+from lexmae.model import backbone, foreign
+from lexmae.model.pooling import Pooling
 
 _MASK, _POOLING = "1_MultiVectorMask", "2_SpladePooling"
 MODULES = {
@@ -36,12 +36,14 @@ class SparseEncoder(nn.Module):
     Args:
         lm: the masked language model; its LM head gives the logits.
         head: implementation of the pooled head, see `head.max_logits`.
+        pooling: the rule of a model that others made; the default is the one above.
     """
 
-    def __init__(self, lm: PreTrainedModel, head: str = "auto"):
+    def __init__(self, lm: PreTrainedModel, head: str = "auto", pooling: Pooling | None = None):
         super().__init__()
         self.lm = lm
         self.head = head
+        self.pooling = pooling or Pooling()
 
     def forward(
         self,
@@ -57,16 +59,26 @@ class SparseEncoder(nn.Module):
         hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)
         features = backbone.transform(self.lm, hidden)  # [B, L, H]
         weight, bias = backbone.output_matrix(self.lm)
-        return lexicon.saturate(max_logits(features, weight, bias, text_mask, self.head))
+        mask = self.pooling.mask(input_ids, attention_mask, text_mask)
+        return self.pooling(features, weight, bias, mask, self.head)
 
     def save(self, folder: str | Path, tokenizer_dir: str | Path | None = None) -> None:
         """Write the model as `save_masked_lm` does."""
         save_masked_lm(self.lm, folder, tokenizer_dir)
 
     @classmethod
-    def load(cls, init: str | Path, head: str = "auto", **kw: Any) -> SparseEncoder:
-        """From a folder or a hub name; see `backbone.load_masked_lm` for keywords and errors."""
-        return cls(backbone.load_masked_lm(str(init), **kw), head)
+    def load(cls, init: str | Path, head: str = "auto", side: str = "docs", **kw: Any) -> nn.Module:
+        """The encoder of a folder or a hub name: one of ours, or what `foreign` says it is.
+
+        Args:
+            side: `docs` or `queries`; it matters to folders that encode the two in different ways. The queries of some
+                need no model: then this gives a `StaticEncoder`, called in the same way.
+            kw: see `backbone.load_masked_lm`, there also for errors.
+        """
+        chosen = foreign.plan(init, side)
+        if chosen.table is not None:
+            return foreign.load_static(chosen)
+        return cls(backbone.load_masked_lm(chosen.init, chosen.subfolder, **kw), head, chosen.pooling)
 
 
 def save_masked_lm(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lexmae.errors import InputError
 from lexmae.model import backbone, lexicon
+from lexmae.model.decoder import new_decoder
 from lexmae.model.head import max_logits
 from lexmae.model.mlm import cross_entropy_sum
 
@@ -42,7 +43,7 @@ class Pretrainer(nn.Module):
         if bottleneck not in lexicon.SOURCES:
             raise InputError(f"unknown bottleneck {bottleneck!r}; known: {', '.join(lexicon.SOURCES)}")
         self.lm = lm
-        self.decoder = backbone.new_decoder(lm, n_decoder_layers)
+        self.decoder = new_decoder(lm, n_decoder_layers)
         self.source = bottleneck
         self.head = head
         self.bag_of_words = bag_of_words

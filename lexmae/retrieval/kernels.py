@@ -1,8 +1,11 @@
-"""What the searches share: compilation, the choice of the best hits, the division of work among threads.
+"""Compiled loops of exact search, the choice of the best hits, the division of work among threads.
+
+Shapes: V vocabulary, P postings, G blocks of documents, D documents of a segment, Q queries of a batch, K hits.
 
 A hit is kept as one integer key, ``score · 2³¹ + (2³¹ - 1 - document)`` with a score of at most 31 bits: keys are
 unique, and the larger key is the better hit, equal scores included (the lower document number comes first).
-The kernels are written as plain loops: slices and array functions take numba seconds to compile.
+A posting is one 32-bit word, ``weight · 2¹⁶ + document``, the document counted within its block: one load instead of
+two. The kernels are written as plain loops: slices and array functions take numba seconds to compile.
 """
 
 from __future__ import annotations
@@ -13,6 +16,10 @@ import numba
 import numpy as np
 
 LIMIT = 2**31 - 1
+TILE = 128  # accumulators compared with the floor at a time, then again in sixteens; blocks are multiples of it
+BUCKETS = 2048  # of the histogram of scores that each query keeps
+FOUND, FLOOR, ABOVE, SHIFT = range(4)  # columns of a query's state
+_DOCUMENT, _WEIGHT = np.uint32(0xFFFF), np.uint32(16)  # where a posting keeps which
 
 
 def compiled(function: Callable) -> Callable:
@@ -21,6 +28,13 @@ def compiled(function: Callable) -> Callable:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba found no folder it may write to
         return numba.njit(nogil=True)(function)
+
+
+def frozen(array: np.ndarray) -> np.ndarray:
+    """A plain, read-only view: mapped or not, one compiled form of a kernel serves all (and memmap slices slowly)."""
+    view = np.asarray(array).view(np.ndarray)
+    view.flags.writeable = False
+    return view
 
 
 @compiled
@@ -52,12 +66,147 @@ def keep_best(keys, found, hits):
 
 
 @compiled
-def worst(keys, hits):
-    """The lowest score among the first ``hits`` keys."""
-    lowest = keys[0]
-    for i in range(1, hits):
-        lowest = min(lowest, keys[i])
-    return np.int32(lowest >> 31)
+def gather(indptr, indices, weights, rows, places, out_indptr, out_indices, out_weights):
+    """Copy the rows ``rows`` of a CSR matrix to the places ``places`` of another, whose offsets are known."""
+    for n in range(len(rows)):
+        at = out_indptr[places[n]]
+        for i in range(indptr[rows[n]], indptr[rows[n] + 1]):
+            out_indices[at] = indices[i]
+            out_weights[at] = weights[i]
+            at += 1
+
+
+@compiled
+def invert(indptr, indices, weights, at, starts, postings, heaviest):
+    """Write the postings of a block of rows, sorted by term, from position ``at`` on; raise ``heaviest`` [V]."""
+    for i in range(len(indices)):
+        starts[indices[i] + 1] += 1
+    starts[0] = at
+    for term in range(len(starts) - 1):
+        starts[term + 1] += starts[term]
+    free = starts[:-1].copy()
+    for row in range(len(indptr) - 1):
+        for i in range(indptr[row], indptr[row + 1]):
+            term = indices[i]
+            postings[free[term]] = (np.uint32(weights[i]) << _WEIGHT) | np.uint32(row)
+            free[term] += 1
+            heaviest[term] = max(heaviest[term], weights[i])
+
+
+@compiled
+def forward(starts, postings, slots, indptr, indices, weights):
+    """The rows of a block again, terms ascending: document d becomes row ``slots[d]``, or none where that is -1.
+
+    ``indptr`` comes as zeros [R+1]; returns the number of entries, which is all it does while ``indices`` is empty.
+    """
+    for i in range(starts[0], starts[-1]):
+        slot = slots[postings[i] & _DOCUMENT]
+        if slot >= 0:
+            indptr[slot + 1] += 1
+    for row in range(len(indptr) - 1):
+        indptr[row + 1] += indptr[row]
+    if len(indices) < indptr[-1]:
+        return indptr[-1]
+    free = indptr[:-1].copy()
+    for term in range(len(starts) - 1):
+        for i in range(starts[term], starts[term + 1]):
+            slot = slots[postings[i] & _DOCUMENT]
+            if slot >= 0:
+                indices[free[slot]] = term
+                weights[free[slot]] = postings[i] >> _WEIGHT
+                free[slot] += 1
+    return indptr[-1]
+
+
+@compiled
+def search_blocks(starts, postings, numbers, block, q_indptr, q_terms, q_weights, first, last, hits, state, counts,
+                  keys, scores, tiles):
+    """Add the hits of a segment to the state of the queries ``first`` to ``last - 1``; row 0 of it is query ``first``.
+
+    Block by block, all queries of the batch in each: the postings that one query has fetched stay in the cache for
+    the next. A query whose state has a negative SHIFT is passed over.
+
+    Args:
+        starts: int64 [G, V+1]; ``postings``: uint32 [P]; ``numbers``: int32 [D], -1 for a deleted document.
+        state: int64 [Q, 4], see ``open_state``; ``counts``: int32 [Q, BUCKETS]; ``keys``: int64 [Q, K'], K' > K.
+        scores: int32 [block], zeros, and zeros again at the end; ``tiles``: the same memory as [block / TILE, TILE].
+    """
+    for g in range(len(starts)):
+        base = g * block
+        n_tiles = (min(block, len(numbers) - base) + TILE - 1) // TILE
+        for query in range(first, last):
+            if state[query - first, SHIFT] < 0:
+                continue
+            touched = np.int64(0)
+            for j in range(q_indptr[query], q_indptr[query + 1]):
+                factor = np.int32(q_weights[j])
+                low, high = starts[g, q_terms[j]], starts[g, q_terms[j] + 1]
+                touched += high - low
+                for i in range(low, high):
+                    posting = postings[i]
+                    scores[posting & _DOCUMENT] += factor * np.int32(posting >> _WEIGHT)
+            if touched:
+                _collect(tiles, n_tiles, numbers, base, hits, state[query - first], counts[query - first],
+                         keys[query - first])
+                for d in range(n_tiles * TILE):
+                    scores[d] = 0
+
+
+@compiled
+def _collect(tiles, n_tiles, numbers, base, hits, state, counts, keys):
+    """Keep what of a block may be among the ``hits`` best.
+
+    ``counts`` is a histogram of the kept scores, ``score >> SHIFT``. While the buckets above the lowest one in use
+    hold ``hits`` documents, none of that lowest one can be among the best: the floor rises by a bucket.
+    """
+    found, bucket, above, shift = state[FOUND], state[FLOOR], state[ABOVE], state[SHIFT]
+    floor = np.int32(max(bucket << shift, 1))
+    for t in range(n_tiles):
+        best = np.int32(0)
+        for d in range(TILE):
+            best = max(best, tiles[t, d])
+        if best < floor:
+            continue
+        for part in range(0, TILE, 16):
+            best = np.int32(0)
+            for d in range(16):
+                best = max(best, tiles[t, part + d])
+            if best < floor:
+                continue
+            for d in range(part, part + 16):
+                score = tiles[t, d]
+                if score >= floor and numbers[base + t * TILE + d] >= 0:
+                    keys[found] = (np.int64(score) << 31) | (LIMIT - numbers[base + t * TILE + d])
+                    found += 1
+                    counts[score >> shift] += 1
+                    above += 1
+        while above - counts[bucket] >= hits:
+            above -= counts[bucket]
+            bucket += 1
+        floor = np.int32(max(bucket << shift, 1))
+        if found > len(keys) - TILE:
+            found = keep_best(keys, found, hits)
+    state[FOUND], state[FLOOR], state[ABOVE] = found, bucket, above
+
+
+@compiled
+def open_state(q_indptr, q_terms, q_weights, first, last, heaviest, state):
+    """The state of queries without hits; SHIFT is -1 where a score might not fit into 31 bits.
+
+    Args:
+        heaviest: int64 [V], the largest weight of any document for each term.
+        state: int64 [Q, 4]: keys kept, lowest bucket in use, documents counted from it on, log2 of a bucket's width.
+    """
+    for query in range(first, last):
+        bound = np.int64(0)
+        for j in range(q_indptr[query], q_indptr[query + 1]):
+            bound += np.int64(q_weights[j]) * heaviest[q_terms[j]]
+        shift = 0
+        while bound >> shift >= BUCKETS:
+            shift += 1
+        for column in range(4):
+            state[query - first, column] = 0
+        state[query - first, SHIFT] = shift if bound <= LIMIT else -1
 
 
 def unpack(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +215,7 @@ def unpack(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (LIMIT - (best & LIMIT)).astype(np.int32), (best >> 31).astype(np.int32)
 
 
-def chunks(n: int, threads: int) -> list[tuple[int, int]]:
-    """Ranges of queries: several for each thread, none so long that its results hold much memory."""
-    size = max(1, min(256, -(-n // (4 * threads))))
+def chunks(n: int, threads: int, most: int = 256) -> list[tuple[int, int]]:
+    """Ranges of queries: several for each thread, none longer than ``most``, for the memory of its results."""
+    size = max(1, min(most, -(-n // (4 * threads))))
     return [(first, min(first + size, n)) for first in range(0, n, size)]

@@ -54,8 +54,9 @@ def evaluate(run: Mapping[str, Sequence[tuple[str, float]]], qrels: Qrels, measu
     Args:
         run: best document first, or pairs in any order as a plain mapping.
         qrels: query → document → relevance.
-        measures: ``MRR@K``, ``nDCG@K``, ``Recall@K`` or ``MAP``. The rank is cut at K. nDCG takes the relevance as
-            gain and divides by log2(rank + 1).
+        measures: ``MRR@K``, ``nDCG@K``, ``Recall@K``, ``judged@K`` or ``MAP``. The rank is cut at K. nDCG takes the
+            relevance as gain and divides by log2(rank + 1). judged@K is the share of the documents retrieved up to
+            rank K that have a judgement of any grade: where it is low, the other measures know little.
         relevance_level: the least relevance that counts as relevant (nDCG does not use it).
     """
     if not qrels:
@@ -76,9 +77,9 @@ def evaluate(run: Mapping[str, Sequence[tuple[str, float]]], qrels: Qrels, measu
 
 
 def _parse(name: str) -> tuple[str, int | None]:
-    found = re.fullmatch(r"(MRR|nDCG|Recall)@([1-9]\d*)|(MAP)", name)
+    found = re.fullmatch(r"(MRR|nDCG|Recall|judged)@([1-9]\d*)|(MAP)", name)
     if not found:
-        raise InputError(f"unknown measure '{name}': known are MRR@K, nDCG@K, Recall@K and MAP")
+        raise InputError(f"unknown measure '{name}': known are MRR@K, nDCG@K, Recall@K, judged@K and MAP")
     return ("MAP", None) if found[3] else (found[1], int(found[2]))
 
 
@@ -86,12 +87,18 @@ def _evaluate_chunk(run: Run, qrels: dict[str, dict[str, int]], wanted: dict[str
                     relevance_level: int) -> dict[str, dict[str, float]]:
     import pytrec_eval
 
-    asked = {_trec_name(kind, cut) for kind, cut in wanted.values()}
-    judge = pytrec_eval.RelevanceEvaluator(qrels, asked, relevance_level=relevance_level)
+    asked = {_trec_name(kind, cut) for kind, cut in wanted.values() if kind != "judged"}
+    judge = pytrec_eval.RelevanceEvaluator(qrels, asked or {"map"}, relevance_level=relevance_level)
     scored = judge.evaluate({query: _by_rank(run.documents(query)) for query in qrels if query in run})
     nothing: dict[str, float] = {}
-    return {query: {name: _value(scored.get(query, nothing), kind, cut) for name, (kind, cut) in wanted.items()}
+    return {query: {name: _judged(run, qrels, query, cut) if kind == "judged"
+                    else _value(scored.get(query, nothing), kind, cut) for name, (kind, cut) in wanted.items()}
             for query in qrels}
+
+
+def _judged(run: Run, qrels: dict[str, dict[str, int]], query: str, cut: int | None) -> float:
+    first = run.documents(query)[:cut] if query in run else []
+    return sum(document in qrels[query] for document in first) / max(len(first), 1)
 
 
 def _by_rank(documents: list[str]) -> dict[str, float]:
@@ -148,6 +155,18 @@ def compare(a: Result, b: Result, permutations: int = 10_000, seed: int = 42) ->
                                 _randomisation_test(difference, permutations, seed),
                                 int((difference > 0).sum()), int((difference < 0).sum())))
     return found
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values of several tests, corrected so that the chance of any false alarm stays that of one test (Holm 1979).
+
+    The i-th smallest of n is multiplied by n - i + 1, is never below a smaller one's, and never above 1.
+    """
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for done, at in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, p_values[at] * (len(p_values) - done)))
+        corrected[at] = highest
+    return corrected
 
 
 def _t_test(difference: np.ndarray) -> float:

@@ -22,6 +22,7 @@ import pyarrow as pa
 from lexmae import artifact
 from lexmae.checked import check_offsets, check_range, read_arrow, read_strings
 from lexmae.errors import InputError
+from lexmae.retrieval import checks
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -146,10 +147,15 @@ class SparseVectors:
     def csr(self) -> Csr:
         return Csr(self.indptr, self.indices, self.weights)
 
+    @property
+    def n_postings(self) -> int:
+        """P, the non-zero weights in all."""
+        return len(self.indices)
+
     @cached_property
     def mean_active(self) -> float:
         """Mean number of terms per text."""
-        return len(self.indices) / max(len(self), 1)
+        return self.n_postings / max(len(self), 1)
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Term ids and weights of row ``i``, as views."""
@@ -196,7 +202,8 @@ class SparseVectors:
             side: ``docs`` or ``queries``: refuse vectors of the other side.
 
         Raises:
-            InputError: not a finished artifact of vectors, of the other side, or with an id that occurs twice.
+            InputError: not a finished artifact of vectors, of the other side, damaged, with an id that occurs twice
+                or a term that the vocabulary does not have.
         """
         path = Path(path)
         manifest = artifact.read(path, KIND)
@@ -207,6 +214,7 @@ class SparseVectors:
         if len(set(ids)) != len(ids):
             raise InputError(f"the id '{_first_repeated(ids)}' occurs more than once", path)
         vocabulary = read_vocabulary(path)
+        checks.check_rows(ids, csr, len(vocabulary), path)
         check_range(csr.indices, len(vocabulary), path, "term ids")
         return cls(ids, *csr, vocabulary, dict(manifest.extra), manifest.fingerprint)
 
@@ -243,17 +251,32 @@ def write_part(path: str | Path, ids: Sequence[str], indptr: np.ndarray, indices
 
 def read_part(path: str | Path) -> tuple[list[str], Csr]:
     """Ids and rows of one part; the arrays are views of the memory-mapped file."""
-    return join(_read_batch(batch, path) for batch in read_arrow(path, _SCHEMA))
+    return join((ids.to_pylist(), csr) for ids, csr in read_batches(path))
 
 
-def _read_batch(batch: pa.RecordBatch, path: str | Path) -> tuple[list[str], Csr]:
+def read_batches(path: str | Path) -> list[tuple[pa.Array, Csr]]:
+    """The record batches of one part, ids as an Arrow array; views of the memory-mapped file."""
+    try:
+        with pa.ipc.open_file(pa.memory_map(str(path))) as table:
+            foreign = [table.get_batch(i) for i in range(table.num_record_batches)] \
+                if table.schema.types != _SCHEMA.types or table.schema.names != _SCHEMA.names else []
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"not an Arrow file, or a damaged one: {' '.join(str(error).split())}", path) from error
+    for batch in foreign:  # of other programs: said more exactly than below
+        checks.check_batch(batch, _SCHEMA, path)
+    return [_read_batch(batch, path) for batch in read_arrow(path, _SCHEMA)]
+
+
+def _read_batch(batch: pa.RecordBatch, path: str | Path) -> tuple[pa.Array, Csr]:
     terms, weights = batch.column("terms"), batch.column("weights")
     if terms.values.null_count or weights.values.null_count:
         raise InputError("holds nulls", path)
     indptr = check_offsets(terms.offsets.to_numpy(), len(terms.values), path)
     if not np.array_equal(indptr, weights.offsets.to_numpy()) or len(weights.values) != len(terms.values):
         raise InputError("terms and weights are not parallel", path)
-    return batch.column("id").to_pylist(), Csr(indptr, terms.values.to_numpy(), weights.values.to_numpy())
+    return batch.column("id"), Csr(indptr, terms.values.to_numpy(), weights.values.to_numpy())
 
 
 def join(pieces: Iterable[tuple[Sequence[str], Csr]]) -> tuple[list[str], Csr]:

@@ -15,7 +15,7 @@ from lexmae.cli import say
 from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, RerankRecipe
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
-from lexmae.model import reranker
+from lexmae.model import card, reranker
 from lexmae.model.encoder import save_masked_lm
 from lexmae.model.static_queries import save_table
 from lexmae.ranks import Hosts, several_hosts
@@ -230,4 +230,15 @@ def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], table: d
         draft.counts.update(steps=step, weights=sum(t.numel() for t in state.values()))
         draft.extra.update({key: extra[key] for key in ("tokenizer_hash", "vocab_size", "max_length", "query_length")})
         draft.extra.update(facts)
+        if not reranking:
+            (draft.path / card.NAME).write_text(_card(config, shards, draft), encoding="utf-8")
     say(f"wrote {target}")
+
+
+def _card(config: Any, shards: Shards, draft: artifact.Draft) -> str:
+    """The model card of a run, from its recipe, its data and its log."""
+    output, steps = Path(config.output), draft.counts["steps"]
+    stage = "finetune" if isinstance(config, FinetuneRecipe) else "pretrain"
+    return card.render(card.Facts(output.resolve().name, stage, recipe.dump(config), recipe.to_dict(config),
+                                  shards.manifest, steps, draft.counts["weights"],
+                                  card.last_figures(output / "log.jsonl", steps), card.base_model(config.model.init)))

@@ -1,0 +1,67 @@
+"""Dense vectors of texts from the same model that gives the lexicon: for comparison, and for hybrid search.
+
+Shapes: B sequences, L tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lexmae.errors import InputError
+from lexmae.model import backbone, lexicon
+from lexmae.model.head import max_logits
+
+REPRESENTATIONS = ("bottleneck", "cls")
+
+
+class DenseEncoder(nn.Module):
+    """The lexicon bottleneck `b = softmax(max over text tokens of logits) · E` (SPEC §1), or `[CLS]`.
+
+    Args:
+        lm: the masked language model.
+        representation: `bottleneck`, what the decoder of pre-training reads, or `cls`, the last hidden state of the
+            first token.
+        head: implementation of the pooled head, see `head.max_logits`.
+    """
+
+    def __init__(self, lm: PreTrainedModel, representation: str = "bottleneck", head: str = "auto"):
+        super().__init__()
+        if representation not in REPRESENTATIONS:
+            raise InputError(f"unknown representation '{representation}': known are {', '.join(REPRESENTATIONS)}")
+        self.lm = lm
+        self.representation = representation
+        self.head = head
+
+    @property
+    def dimensions(self) -> int:
+        """H."""
+        return backbone.word_embeddings(self.lm).shape[1]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        text_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Vectors [B, H] float32 of a padded batch, whose arguments are all [B, L].
+
+        `text_mask` is true at text tokens, neither special nor padding.
+        """
+        hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)  # [B, L, H]
+        if self.representation == "cls":
+            return hidden[:, 0].float()
+        weight, bias = backbone.output_matrix(self.lm)
+        pooled = max_logits(backbone.transform(self.lm, hidden), weight, bias, text_mask, self.head)  # [B, V]
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return lexicon.bottleneck(pooled, backbone.word_embeddings(self.lm))
+
+    @classmethod
+    def load(cls, init: str | Path, representation: str = "bottleneck", head: str = "auto", **kw: Any) -> DenseEncoder:
+        """From a folder or a hub name; see `backbone.load_masked_lm` for keywords and errors."""
+        return cls(backbone.load_masked_lm(str(init), **kw), representation, head)

@@ -1,0 +1,163 @@
+"""Changes of an exact index: add document vectors, delete ids, compact.
+
+Each makes a new version of the artifact beside the old one and puts it in its place when it is complete. Segments
+that stay as they are become hard links, so that the work is that of the change. What is found, and in which order, is
+what an index built anew from the same documents finds; after ``compact`` the files are the same too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lexmae import artifact
+from lexmae.data.lines import read_lines
+from lexmae.errors import InputError
+from lexmae.retrieval import segments
+from lexmae.retrieval.engines import KIND
+from lexmae.retrieval.stored import StoredVectors
+from lexmae.retrieval.vectors import VOCABULARY, Csr, read_vocabulary
+
+
+def add(index: str | Path, vectors: str | Path, threads: int | None = None) -> artifact.Manifest:
+    """Add the documents of an artifact of vectors as a segment; pruned as the index was (``top_k``).
+
+    Raises:
+        InputError: an id is in the index already, or the vectors were encoded otherwise than its documents.
+    """
+    index, manifest = Path(index), _read(index)
+    new = StoredVectors.open(vectors, side="docs")
+    _check_same_encoder(manifest, new, vectors)
+    old = segments.open_segments(index)
+    known = pc.is_in(new.id_array, value_set=segments.number_documents(old)[0])
+    if pc.any(known).as_py():
+        name = new.id_array[pc.index(known, True).as_py()]
+        raise InputError(f"the document '{name}' is in {index} already; delete it first to replace it", vectors)
+    if manifest.config.get("top_k") is not None:
+        new = new.pruned(manifest.config["top_k"])
+    with _revision(manifest, lambda name: True, inputs={"vectors": vectors},
+                   change={"added": len(new), "vectors": new.fingerprint}) as draft:
+        folders = sorted(index.glob("segment-*"))
+        number = int(folders[-1].name.split("-")[1]) + 1
+        segments.write(new, draft.path / segments.segment_name(number), threads)
+        _count(draft, len(new), new.n_postings)
+    return artifact.read(index, KIND)
+
+
+def delete(index: str | Path, ids: str | Path) -> artifact.Manifest:
+    """Delete the documents whose ids stand in the file ``ids``, one a line. They keep their space until ``compact``.
+
+    Raises:
+        InputError: an id is not in the index, or no document would be left.
+    """
+    index, manifest = Path(index), _read(index)
+    old = segments.open_segments(index)
+    asked = dict.fromkeys(name for _, name in read_lines(ids))
+    everything, numbers = segments.number_documents(old)
+    place = pc.index_in(pa.array(list(asked), pa.large_string()), value_set=everything)
+    if place.null_count:
+        missing = list(asked)[pc.index(pc.is_null(place), True).as_py()]
+        line = next(number for number, name in read_lines(ids) if name == missing)
+        raise InputError(f"the document '{missing}' is not in {index}", ids, line)
+    if len(asked) == len(everything):
+        raise InputError("names every document: an index without any cannot be searched", ids)
+    gone = np.zeros(len(everything), bool)
+    gone[place.to_numpy(zero_copy_only=False).astype(np.int64)] = True
+    hit = [(numbers_of >= 0) & gone[numbers_of] for numbers_of in numbers]
+    folders = [folder.name for folder in sorted(index.glob("segment-*"))]
+    replaced = {f"{name}/{segments.DELETED}" for name, chosen in zip(folders, hit, strict=True) if chosen.any()}
+    with _revision(manifest, lambda name: name not in replaced, inputs={"ids": ids},
+                   change={"deleted": len(asked)}) as draft:
+        for name, segment, chosen in zip(folders, old, hit, strict=True):
+            if chosen.any():
+                np.save(draft.path / name / segments.DELETED, np.flatnonzero(~segment.live | chosen).astype(np.int32))
+                _count(draft, -int(chosen.sum()), -_postings_of(segment, chosen))
+    return artifact.read(index, KIND)
+
+
+def compact(index: str | Path, threads: int | None = None) -> artifact.Manifest:
+    """Write the documents that are not deleted as one segment: the same files as an index built of them anew."""
+    index, manifest = Path(index), _read(index)
+    with _revision(manifest, lambda name: name == VOCABULARY, inputs={}, change={"compacted": True}) as draft:
+        spill = draft.path / "rows"
+        spill.mkdir()
+        parts = [_spilled(segment, spill / str(number)) for number, segment in enumerate(segments.open_segments(index))]
+        merged = StoredVectors(parts, read_vocabulary(index))
+        segments.write(merged, draft.path / segments.segment_name(0), threads)
+        shutil.rmtree(spill)
+    return artifact.read(index, KIND)
+
+
+def _read(index: Path) -> artifact.Manifest:
+    manifest = artifact.read(index, KIND)
+    if manifest.extra["engine"] != "exact":
+        raise InputError(f"is an index of the engine {manifest.extra['engine']}; only exact ones can be changed", index)
+    return manifest
+
+
+def _check_same_encoder(manifest: artifact.Manifest, new: StoredVectors, path: str | Path) -> None:
+    if new.vocabulary != read_vocabulary(manifest.path):
+        raise InputError(f"the vocabulary differs from that of {manifest.path}", path)
+    made = manifest.extra.get("vectors", {})
+    for key in ("tokenizer_hash", "scale"):
+        if made.get(key) is not None and new.extra.get(key) not in (None, made[key]):
+            raise InputError(f"the {key} is {new.extra[key]}, that of {manifest.path} is {made[key]}", path)
+
+
+@contextlib.contextmanager
+def _revision(manifest: artifact.Manifest, keep: Callable[[str], bool], *, inputs: dict, change: dict
+              ) -> Iterator[artifact.Draft]:
+    """A draft that replaces the index: begins with its facts and hard links to those of its files that ``keep``."""
+    history = [*manifest.extra.get("history", [{"built": dict(manifest.inputs)}]), change]
+    with artifact.create(manifest.path, KIND, inputs=inputs, config=manifest.config, overwrite=True) as draft:
+        draft.counts.update(manifest.counts)
+        draft.extra.update({**manifest.extra, "history": history})
+        for name, digest in manifest.files.items():
+            if not keep(name):
+                continue
+            target = draft.path / name
+            target.parent.mkdir(exist_ok=True)
+            try:
+                os.link(manifest.path / name, target)
+            except OSError:  # a file system without hard links
+                shutil.copy2(manifest.path / name, target)
+            draft.known[name] = digest
+        yield draft
+
+
+def _count(draft: artifact.Draft, rows: int, postings: int) -> None:
+    draft.counts["rows"] += rows
+    draft.counts["postings"] += postings
+    draft.extra["mean_active"] = round(draft.counts["postings"] / max(draft.counts["rows"], 1), 3)
+
+
+def _postings_of(segment: segments.Segment, chosen: np.ndarray) -> int:
+    """How many postings the chosen documents (bool [D]) have."""
+    total = 0
+    for number, starts in enumerate(segment.starts):
+        block = chosen[number * segment.block:(number + 1) * segment.block]
+        if block.any():
+            total += int(block[segment.postings[starts[0]:starts[-1]] & 0xFFFF].sum())
+    return total
+
+
+def _spilled(segment: segments.Segment, path: Path) -> tuple[pa.Array, Csr]:
+    """Ids and rows of the documents that are not deleted, the rows in files at ``path`` and mapped from there."""
+    counts = [np.zeros(1, np.int64)]
+    with open(f"{path}.terms", "wb") as terms, open(f"{path}.weights", "wb") as weights:
+        for rows in segment.rows():
+            counts.append(np.diff(rows.indptr))
+            rows.indices.tofile(terms)
+            rows.weights.tofile(weights)
+    indptr = np.cumsum(np.concatenate(counts))
+    ids = segment.ids.filter(pa.array(segment.live))
+    if indptr[-1] == 0:
+        return ids, Csr(indptr, np.empty(0, np.int32), np.empty(0, np.uint16))
+    return ids, Csr(indptr, np.memmap(f"{path}.terms", np.int32, "r"), np.memmap(f"{path}.weights", np.uint16, "r"))
