@@ -7,7 +7,6 @@ with which configuration it was made, what it holds (counts, checksums), and wit
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -22,6 +21,7 @@ from typing import IO, Any
 
 from lexmae import __version__
 from lexmae.errors import InputError
+from lexmae.renaming import fsync, replace_directory
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -145,8 +145,8 @@ def seal(draft: Draft, path: str | Path, kind: str, *, inputs: Mapping[str, str 
         json.dump(record, out, indent=1, ensure_ascii=False)
         out.write("\n")
     for file in [*files, MANIFEST]:
-        _fsync(draft.path / file)
-    _replace_directory(draft.path, path)
+        fsync(draft.path / file)
+    replace_directory(draft.path, path)
     return read(path, kind)
 
 
@@ -315,40 +315,6 @@ def checksum(path: str | Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace_directory(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; an old one changes places with it, or is moved aside, and is removed last."""
-    if target.exists() and _exchange(source, target):
-        shutil.rmtree(source)
-    elif target.exists():
-        old = target.with_name(target.name + ".old")
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(target, old)
-        os.rename(source, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(source, target)
-    _fsync(target.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories in one step, so that there is no moment without either (Linux); False where it cannot."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
-    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _umask() -> int:

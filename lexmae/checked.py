@@ -68,6 +68,8 @@ def read_array(path: str | Path, dtype: np.dtype | type | str, ndim: int = 1) ->
     shape = tuple(int(size) for size in re.findall(rb"[0-9]+", found["shape"]))
     if found["type"].decode() != kind.str or len(shape) != ndim:
         raise InputError(f"holds {found['type'].decode()} in {len(shape)} axes, {kind.str} in {ndim} is needed", path)
+    if kind.hasobject:
+        raise InputError("not an array of numbers", path)
     if path.stat().st_size != found.end() + math.prod(shape) * kind.itemsize:
         raise InputError(f"is not as long as an array of {shape} should be", path)
     if 0 in shape:  # nothing to map

@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lexmae"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 COMMANDS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")])
-BASE = {"errors", "cli", "config", "recipe", "artifact", "checked", "ranks", "lifeline", "cluster", "cluster_probe"}
+BASE = {"errors", "renaming", "cli", "config", "recipe", "artifact", "checked", "ranks", "lifeline", "cluster",
+        "cluster_probe"}
 LAYERS = {"data": {"data"}, "model": {"model"}, "train": {"data", "model", "train"},
           "retrieval": {"data", "model", "retrieval"}, "cycle": {"cycle"},
           "demo": {"data", "model", "retrieval", "demo"}}
@@ -90,7 +91,7 @@ def test_each_layer_imports_only_what_stands_above_it():
 
 
 def test_the_base_does_not_import_in_a_circle():
-    order = ["errors", "checked", "cli", "artifact", "config", "recipe", "ranks", "lifeline", "cluster",
+    order = ["errors", "renaming", "checked", "cli", "artifact", "config", "recipe", "ranks", "lifeline", "cluster",
              "cluster_probe"]
     for path in SOURCES:
         own = path.relative_to(PACKAGE).with_suffix("").as_posix()

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from threads import thread_hosts
 
 from lexmae import artifact
 from lexmae.errors import InputError
@@ -140,7 +141,7 @@ def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, m
         yield local.rank, world, torch.device("cpu")
 
     monkeypatch.setattr(blocks, "ranks", ranks)
-    monkeypatch.setattr(blocks, "barrier", lambda _: barrier.wait(60))
+    monkeypatch.setattr(blocks, "Hosts", thread_hosts(local, barrier))
     encoder = DenseEncoder.load(model_dir)  # transformers cannot load in several threads at once
     monkeypatch.setattr(DenseEncoder, "load", lambda *_: encoder)
 

@@ -9,6 +9,9 @@ import pytest
 import yaml
 from launching import TINY, run
 
+from lexmae.data.negatives import read_negatives
+from lexmae.retrieval.runs import read_run
+
 STEPS = ["prepare", "pretrain", "bm25", "bm25-evaluate", "bm25-negatives", "stage1", "stage1-docs", "stage1-queries",
          "stage1-index", "stage1-search", "stage1-evaluate", "stage1-train-encode", "stage1-train-search",
          "stage1-negatives", "stage2", "stage2-docs", "stage2-queries", "stage2-index", "stage2-search",
@@ -85,3 +88,31 @@ def test_changed_settings_replace_nothing_unasked(beir_dir, tmp_path):
     run([*changed, "--redo"])
     manifest = json.loads((tmp_path / "work" / "shards" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["extra"]["max_length"] == 20
+
+
+@pytest.mark.slow
+def test_a_cycle_with_a_reranker(beir_dir, tmp_path):
+    """It is trained behind BM25, reranks BM25's run, and scores the negatives of the stage that it teaches."""
+    write_recipes(tmp_path, beir_dir)
+    hardware = {"deepspeed": "ds_configs/fp32_zero1.json", "data": "-", "output": "-"}
+    (tmp_path / "rerank.yaml").write_text(yaml.safe_dump(
+        {**hardware, "max_length": 32, "negatives": {"per_query": 2, "depth": 5},
+         "optimization": {"lr": 1e-3, "batch": 4, "micro_batch": 2, "steps": 3}}), encoding="utf-8")
+    pipeline = tmp_path / "pipeline.yaml"
+    content = yaml.safe_load(pipeline.read_text(encoding="utf-8"))
+    content |= {"stages": [{"name": "taught", "recipe": "stage.yaml", "mine_depth": 5, "teacher": "reranker"}],
+                "reranker": {"score_depth": 4, "rerank_depth": 6}}
+    pipeline.write_text(yaml.safe_dump(content), encoding="utf-8")
+    first = run(["launch/pipeline.py", str(tmp_path)])
+    steps = ["reranker", "rerank", "rerank-evaluate", "bm25-scores", "taught"]
+    assert [name for name in steps if f"] {name}: " in first] == steps
+    work = tmp_path / "work"
+    table = (work / "results.md").read_text(encoding="utf-8").splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["BM25", "rerank", "taught"]
+    before, after = read_run(work / "bm25" / "run.trec"), read_run(work / "reranker" / "run.trec")
+    assert all(before.documents(q)[6:] == after.documents(q)[6:] for q in before) and list(before) == list(after)
+    assert any(before.documents(q)[:6] != after.documents(q)[:6] for q in before)
+    rows = list(read_negatives(work / "reranker" / "bm25.jsonl"))
+    assert rows and all(len(row.scores) == len(row.negatives) <= 4 and row.positives for row in rows)
+    again = run(["launch/pipeline.py", str(tmp_path)])
+    assert all(f"] {name}: finished before" in again for name in steps)

@@ -63,6 +63,19 @@ def test_padding_does_not_change_a_score(architecture):
             torch.testing.assert_close(alone[0], found[row], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", backbone.FAMILIES)
+def test_scores_in_low_precision_keep_their_digits(architecture):
+    """Documents of similar relevance differ in digits that bf16 does not have."""
+    model = CrossEncoder(scorer(architecture))
+    with torch.no_grad():
+        exact = model(**pairs())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model(**pairs())
+        assert (found != found.bfloat16().float()).any() and found.dtype == torch.float32
+        torch.testing.assert_close(found, exact, rtol=0.1, atol=0.2)
+        assert model.to(torch.bfloat16)(**pairs()).dtype == torch.float32
+
+
 def test_segments_count_where_the_backbone_has_them():
     model, given = CrossEncoder(scorer()), pairs()
     plain = given | {"token_type_ids": torch.zeros_like(given["token_type_ids"])}

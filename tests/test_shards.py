@@ -329,7 +329,7 @@ def test_missing_and_broken_files(tmp_path):
         TokenTable(tmp_path, "docs")
     table = write(tmp_path)
     (tmp_path / "lookup-docs.arrow").unlink()
-    with pytest.raises(InputError, match="lookup-docs.arrow: missing"):
+    with pytest.raises(InputError, match="lookup-docs.arrow: is missing"):
         table.rows(["0"])
     file = tmp_path / "docs-00001.arrow"
     file.write_bytes(file.read_bytes()[:-20])

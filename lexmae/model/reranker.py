@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,6 +33,7 @@ class CrossEncoder(nn.Module):
     def __init__(self, scorer: PreTrainedModel):
         super().__init__()
         self.scorer = scorer
+        _compute_in_own_precision(scorer.classifier)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Scores [P] float32 of a padded batch, whose arguments are all [P, L]."""
@@ -57,6 +59,17 @@ class CrossEncoder(nn.Module):
         if new:
             raise InputError(f"is no finished cross-encoder: it has no {new[0]}", path=init)
         return cls(scorer)
+
+
+def _compute_in_own_precision(head: nn.Module) -> None:
+    """Keep autocast out of the layers that end in the score: in bf16 the scores of many documents would be equal."""
+    plain = head.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return plain(hidden.to(next(head.parameters()).dtype))
+
+    head.forward = forward
 
 
 def save_scorer(scorer: PreTrainedModel, folder: str | Path, tokenizer_dir: str | Path | None = None,

@@ -21,6 +21,7 @@ import numpy as np
 
 from lexmae import artifact
 from lexmae.cli import progress
+from lexmae.errors import InputError
 from lexmae.retrieval import segments
 from lexmae.retrieval.kernels import (
     BUCKETS,
@@ -59,6 +60,10 @@ class ExactIndex:
         ids, self.numbers = segments.number_documents(self.segments)
         self.ids: list[str] = ids.to_pylist()
         self.vocabulary = read_vocabulary(path)
+        for segment in self.segments:
+            if len(segment.heaviest) != len(self.vocabulary):
+                raise InputError(f"has {len(self.vocabulary)} terms in its vocabulary and {len(segment.heaviest)} in a "
+                                 "segment", path)
         self._compiled = False
         self._heaviest = np.max([segment.heaviest for segment in self.segments], axis=0).astype(np.int64)
 

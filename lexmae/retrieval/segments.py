@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lexmae.checked import check_offsets, check_range, read_array, read_arrow
 from lexmae.cli import progress
 from lexmae.errors import InputError
 from lexmae.retrieval.engines import default_threads
@@ -28,6 +29,7 @@ from lexmae.retrieval.vectors import Csr
 
 BLOCK = 1 << 15  # 128 KiB of accumulators: half a second-level cache or less
 DELETED = "deleted.npy"
+_IDS = pa.schema([("id", pa.large_string())])
 
 
 def segment_name(number: int) -> str:
@@ -82,13 +84,31 @@ class Segment:
 
     def __init__(self, folder: Path, block: int = BLOCK):
         self.block = block
-        table = pa.ipc.open_file(pa.memory_map(str(folder / "ids.arrow"))).read_all()
-        self.ids: pa.Array = table["id"].combine_chunks()
-        self.starts, self.postings = _map(folder / "starts.npy"), _map(folder / "postings.npy")
-        self.heaviest = np.load(folder / "heaviest.npy")
+        batches = read_arrow(folder / "ids.arrow", _IDS)
+        self.ids: pa.Array = pa.concat_arrays([pa.array([], _IDS.field("id").type), *(b.column("id") for b in batches)])
+        self.starts, self.postings = (frozen(read_array(folder / name, kind, axes)) for name, kind, axes in (
+            ("starts.npy", np.int64, 2), ("postings.npy", np.uint32, 1)))
+        self.heaviest = read_array(folder / "heaviest.npy", np.uint16)
+        self._check(folder)
         self.live = np.ones(len(self.ids), bool)
         if (folder / DELETED).exists():
-            self.live[np.load(folder / DELETED)] = False
+            deleted = read_array(folder / DELETED, np.int32)
+            self.live[check_range(deleted, len(self.ids), folder / DELETED, "numbers")] = False
+
+    def _check(self, folder: Path) -> None:
+        """Compiled loops follow these numbers without looking."""
+        blocks = max(1, -(-len(self.ids) // self.block))
+        if self.starts.shape != (blocks, len(self.heaviest) + 1):
+            raise InputError(f"has the shape {self.starts.shape}, {len(self.ids)} documents and {len(self.heaviest)} "
+                             f"terms need {(blocks, len(self.heaviest) + 1)}", folder / "starts.npy")
+        whole = np.concatenate([self.starts[:, :-1].ravel(), self.starts[-1, -1:]])
+        check_offsets(whole, len(self.postings), folder / "starts.npy")
+        if (self.starts[1:, 0] != self.starts[:-1, -1]).any():
+            raise InputError("the blocks do not join", folder / "starts.npy")
+        for number, starts in enumerate(self.starts):
+            within = self.postings[starts[0]:starts[-1]] & np.uint32(0xFFFF)
+            check_range(within, min(self.block, len(self.ids) - number * self.block), folder / "postings.npy",
+                        "document numbers")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -132,9 +152,3 @@ def number_documents(segments: Iterable[Segment]) -> tuple[pa.Array, list[np.nda
     numbers = np.full(len(live), -1, np.int32)
     numbers[np.flatnonzero(live)[order]] = np.arange(len(ids), dtype=np.int32)
     return ids.take(order), np.split(numbers, np.cumsum([len(segment) for segment in segments])[:-1])
-
-
-def _map(path: Path) -> np.ndarray:
-    """The array as a read-only view of its file."""
-    array = np.load(path) if path.stat().st_size <= 128 else np.load(path, mmap_mode="r")
-    return frozen(array)

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from lexmae import artifact
 from lexmae.errors import InputError
+from lexmae.retrieval import checks
 from lexmae.retrieval.kernels import frozen, gather
 from lexmae.retrieval.vectors import KIND, Csr, SparseVectors, join, part_files, prune, read_batches, read_vocabulary
 
@@ -50,6 +51,8 @@ class StoredVectors(SparseVectors):
         again = pc.index(pc.equal(ordered[1:], ordered[:-1]), True).as_py() if len(ordered) > 1 else -1
         if again >= 0:
             raise InputError(f"the id '{ordered[again]}' occurs more than once", path)
+        for ids, csr in parts:
+            checks.check_rows(ids, csr, len(vectors.vocabulary), path)
         return vectors
 
     @classmethod

@@ -275,7 +275,7 @@ def _read_batch(batch: pa.RecordBatch, path: str | Path) -> tuple[pa.Array, Csr]
         raise InputError("holds nulls", path)
     indptr = check_offsets(terms.offsets.to_numpy(), len(terms.values), path)
     if not np.array_equal(indptr, weights.offsets.to_numpy()) or len(weights.values) != len(terms.values):
-        raise InputError("terms and weights are not parallel", path)
+        raise InputError(f"{len(terms.values)} terms and {len(weights.values)} weights do not belong together", path)
     return batch.column("id"), Csr(indptr, terms.values.to_numpy(), weights.values.to_numpy())
 
 

@@ -12,52 +12,65 @@ from typing import Any
 from lexmae.config import LossConfig
 from lexmae.train import schedules
 
-_SMOOTHING = 0.9  # of the measured number of terms, per step
-_PROPORTIONAL, _INTEGRAL = 0.5, 0.02  # gains on log(terms / budget), per step
-_LARGEST_ERROR = 1.0  # of that logarithm: far from the budget λ moves at a bounded rate
-_RANGE = math.log(1e4)  # λ stays within this factor of the recipe's
+_MEMORY = 0.9  # of the smoothed number of terms, per step
+_PROPORTIONAL = 3.0
+_GAIN, _LARGEST_GAIN = 36.0, 0.2  # of the integral: the first divided by the steps of the run, at most the second
+_ERROR = (-1.0, 0.5)
+_RANGE = math.log(1e4)  # λ stays within this factor of its start
 
 
 class Controller:
     """Steers λ so that the mean number of active terms comes to a budget.
 
-    A proportional-integral controller in logarithms: with the error e = log(terms / budget), cut to ±1,
-    ``log λ = log λ₀ + 0.5·e + Σ 0.02·e``. Terms are smoothed over about ten steps. Since e is a ratio, the same gains
-    serve any budget.
+        error     = log(smoothed terms / budget), cut to [−1, 0.5]
+        integral += gain · error
+        λ         = start · exp(integral + 3 · error)
+
+    Terms answer to λ with an elasticity and a delay of many steps, in which the model follows. For such a plant
+    proportional and integral action in the logarithm settle without swinging, whatever λ has to become. The delay grows
+    with the length of a run, whose learning rate is chosen with it; so does 1 / gain. λ rises more slowly than it
+    falls: a term whose logit no text makes positive has no gradient to come back by.
 
     Args:
-        start: λ₀, where λ begins.
+        start: λ before the first measurement.
         budget: active terms that are wanted.
     """
 
     def __init__(self, start: float, budget: float):
         self.start, self.budget = start, budget
-        self.terms: float | None = None
-        self.integral = 0.0
+        self.integral = self.smoothed = self.seen = 0.0  # ``seen``: weight of all measurements in ``smoothed``
 
     @property
     def value(self) -> float:
         """λ for the next step."""
-        return self.start * math.exp(min(_RANGE, max(-_RANGE, self.integral + _PROPORTIONAL * self._error())))
+        return self.start * math.exp(_within(self.integral + _PROPORTIONAL * self._error(), -_RANGE, _RANGE))
 
-    def observe(self, terms: float) -> None:
-        """Take the mean number of active terms of one global batch."""
-        self.terms = terms if self.terms is None else _SMOOTHING * self.terms + (1 - _SMOOTHING) * terms
-        self.integral = min(_RANGE, max(-_RANGE, self.integral + _INTEGRAL * self._error()))
+    def observe(self, terms: float, total: int) -> None:
+        """Take the mean number of active terms of one of ``total`` steps; one that is not finite is left out."""
+        if not math.isfinite(terms):
+            return
+        self.smoothed = _MEMORY * self.smoothed + (1 - _MEMORY) * terms
+        self.seen = _MEMORY * self.seen + (1 - _MEMORY)
+        gain = min(_LARGEST_GAIN, _GAIN / total)
+        self.integral = _within(self.integral + gain * self._error(), -_RANGE, _RANGE)
 
     def _error(self) -> float:
-        if self.terms is None:
+        if self.seen == 0:
             return 0.0
-        error = math.log(max(self.terms, 0.5) / self.budget)
-        return min(_LARGEST_ERROR, max(-_LARGEST_ERROR, error))
+        terms = self.smoothed / self.seen
+        return _within(math.log(terms / self.budget), *_ERROR) if terms > 0 else _ERROR[0]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
-        return {"terms": self.terms, "integral": self.integral}
+        return {"integral": self.integral, "smoothed": self.smoothed, "seen": self.seen}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         """Restore what ``state_dict`` gave."""
-        self.terms, self.integral = state["terms"], state["integral"]
+        self.integral, self.smoothed, self.seen = (float(state[key]) for key in ("integral", "smoothed", "seen"))
+
+
+def _within(value: float, lowest: float, highest: float) -> float:
+    return min(highest, max(lowest, value))
 
 
 class Lambdas:
@@ -83,7 +96,7 @@ class Lambdas:
             return
         for side, terms in (("docs", terms_docs), ("queries", terms_queries)):
             if side in self.controllers:
-                self.controllers[side].observe(terms)
+                self.controllers[side].observe(terms, total)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
