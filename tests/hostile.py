@@ -62,15 +62,25 @@ class Target:
         self.run(data)
 
 
-def targets(folder: Path) -> list[Target]:
-    """All targets, their inputs made in ``folder``."""
+def targets(folder: Path, name: str = "") -> list[Target]:
+    """All targets, or the one of this name; their inputs are made in ``folder``."""
     made = [*_texts(folder / "texts"), *_settings(folder / "settings")]
+    (folder / "made").mkdir(parents=True)
+    kind = name.partition(":")[0]
+    if not name or kind in ("vectors", "index"):
+        made += _vectors(folder / "made")
+    if not name or kind in ("shards", "draws"):
+        made += _prepared(folder)
+    return [target for target in made if name in ("", target.name)]
+
+
+def _prepared(folder: Path) -> list[Target]:
     beir = folder / "made" / "beir"
     write_beir(beir, [Passage(f"d{i}", "", text) for i, text in enumerate(TEXTS)],
                [Query("q0", TEXTS[0]), Query("q1", TEXTS[1])], {"train": {"q0": {"d0": 1}, "q1": {"d1": 1, "d2": 0}}})
     shards = folder / "made" / "shards"
     prepare(beir, shards, train_tokenizer=64, max_length=12, query_length=6, workers=1)
-    return made + _shards(shards) + _negatives(folder / "made", shards) + _vectors(folder / "made")
+    return _shards(shards) + _negatives(folder / "made", shards)
 
 
 def _files(name: str, folder: Path, read: Callable[[], object], *files: str) -> list[Target]:

@@ -33,7 +33,7 @@ def fuzz_one(name: str, seconds: int, findings: Path) -> None:
         import hostile
 
         folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-        target = next(one for one in hostile.targets(folder / "inputs") if one.name == name)
+        target, = hostile.targets(folder / "inputs", name)
     seeds = folder / "seeds"
     seeds.mkdir()
     for i, seed in enumerate(target.seeds):
