@@ -30,7 +30,8 @@ EXTRAS = {
     "seismic": ["pyseismic-lsr>=0.5"],
     "plots": ["matplotlib>=3.8"],
     "demo": ["flask>=3.0"],
-    "dev": ["pytest>=8.0", "ruff>=0.9", "sentence-transformers>=6.0", "hypothesis>=6.100", "selenium>=4.20"],
+    "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "sentence-transformers>=6.0",
+            "hypothesis>=6.100", "selenium>=4.20"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -8,7 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 install_lexmae "[all]"
 if [ "${1:-}" = "--fast" ]; then
     shift
-    exec .venv/bin/python -m pytest -m "not slow" "$@"
+    exec .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow" "$@"
 fi
 .venv/bin/python -m ruff check .
+[ "$#" -eq 0 ] && set -- -n 2 --dist loadfile  # two files of tests at a time
 exec .venv/bin/python -m pytest "$@"
