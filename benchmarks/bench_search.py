@@ -45,7 +45,9 @@ def main() -> None:
     options = parse()
     docs = synthetic.vectors("docs", options.documents, options.seed)
     queries = synthetic.vectors("queries", options.queries, options.seed)
-    result = {"command": " ".join(["python", "benchmarks/bench_search.py", *sys.argv[1:]]), **machine(),
+    places = {"--json", options.json, "--folder", options.folder}
+    arguments = [argument for argument in sys.argv[1:] if argument not in places]
+    result = {"command": " ".join(["python", "benchmarks/bench_search.py", *arguments]), **machine(),
               "documents": len(docs), "queries": len(queries), "terms": [docs.mean_active, queries.mean_active],
               "engines": {}, "missing": {}}
     print(f"{result['command']}\n{result['hardware']}; load {result['load']}; {result['versions']}\n"
@@ -152,13 +154,14 @@ def check(peers: dict[str, Peer], docs: SparseVectors, queries: SparseVectors, k
 
 def table(results: dict, k: int) -> None:
     """Markdown on standard output; the ratio is exact / peer by processor seconds."""
-    print(f"\n| k = {k} | build s | MB | queries/s | exact / it | wall | p50 ms | p99 ms | recall@{k} | wrong |\n"
+    print(f"\n| k = {k} | build s, wall | MB | queries/s | exact / it | wall | p50 ms | p99 ms | recall@{k} | wrong |\n"
           "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     first = results.get("exact", {}).get(str(k), {}).get("queries_per_second")
     for name, found in results.items():
         at = found[str(k)]
         ratio = f"{first / at['queries_per_second']:.2f}" if first else "–"
-        print(f"| {name} | {found['build_seconds']} | {found['megabytes']} | {at['queries_per_second']:.0f} | "
+        built = f"{'–' if name == 'anserini' else found['build_cpu_seconds']}, {found['build_seconds']}"
+        print(f"| {name} | {built} | {found['megabytes']} | {at['queries_per_second']:.0f} | "
               f"{ratio} | {at['queries_per_second_wall']:.0f} | {at.get('p50_ms', '–')} | {at.get('p99_ms', '–')} | "
               f"{at['recall']:.4f} | {'–' if at['wrong'] is None else at['wrong']} |")
 
