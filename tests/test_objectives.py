@@ -369,3 +369,17 @@ def test_a_batch_of_512_queries_needs_the_activations_of_16():
         kept[name] = sum(size for place, size in seen.items() if place not in own | inputs)
         assert len(vectors[1]) == 2 * queries
     assert kept["chunks of 512"] < kept["plain 16"] / 4
+
+
+def test_texts_of_a_side_are_encoded_by_that_sides_encoder(texts):
+    """As a probe asks for them."""
+    documents, others = SparseEncoder(tiny()), SparseEncoder(tiny(seed=1))
+    model = RankingModel(documents, query_encoder=others).eval()
+    objective = RankingObjective(LossConfig(), lambda rows: rows, 1)
+    with torch.no_grad():
+        asked, searched = model(ranking_batch(texts, 6))
+        torch.testing.assert_close(objective.encode(model, texts[0], "queries"), asked)
+        torch.testing.assert_close(objective.encode(model, texts[1], "docs")[ORDER], searched)
+        torch.testing.assert_close(asked, others(**texts[0].arguments()))
+        torch.testing.assert_close(objective.encode(RankingModel(documents), texts[0], "queries"),
+                                   documents(**texts[0].arguments()))

@@ -127,7 +127,7 @@ def make(shards, encoder, config: ProbeConfig = FOUR, rank: int = 0, world: int 
     engine = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"), evaluating=torch.no_grad,
                              module=encoder)
     found = probe.Probe(config, shards, probe.select(config, shards, 1), 5, engine,
-                        lambda engine, text: engine.module(**text.arguments()), gather,
+                        lambda engine, text, side: engine.module(**text.arguments()), gather,
                         lambda step, figures: kept.append((step, figures["probe_mrr_10"])))
     return found, kept
 
@@ -182,9 +182,9 @@ def test_two_ranks_measure_what_one_measures(tiny_shards, encoder, queries, docu
         found, _ = make(tiny_shards, encoder, config, rank, 2, gather)
         encode = found.encode
 
-        def counted(engine, text):
+        def counted(engine, text, side):
             calls[rank] += 1
-            return encode(engine, text)
+            return encode(engine, text, side)
 
         found.encode = counted
         results[rank] = found(1)

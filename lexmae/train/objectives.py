@@ -35,7 +35,7 @@ class Objective(Protocol):
              total_steps: int) -> tuple[torch.Tensor, Metrics]:
         """This micro-batch's share of the step's loss, and its shares of the metrics."""
 
-    def encode(self, forward: Callable[..., Any], text: TextBatch) -> torch.Tensor:
+    def encode(self, forward: Callable[..., Any], text: TextBatch, side: str) -> torch.Tensor:
         """Lexicon vectors [B, V] of texts, by a call of the model."""
 
     def sizes(self, batch: Any) -> tuple[int, int]:
@@ -90,8 +90,8 @@ class PretrainObjective(Stateless):
         return loss, {"loss": loss.detach(), "loss_enc": enc_loss.detach(), "loss_dec": dec_loss.detach(), **bag,
                       "accuracy_enc": out["enc_correct"] / encoder, "accuracy_dec": out["dec_correct"] / decoder}
 
-    def encode(self, forward, text: TextBatch) -> torch.Tensor:
-        """Lexicon vectors [B, V] of texts."""
+    def encode(self, forward, text: TextBatch, side: str) -> torch.Tensor:
+        """Lexicon vectors [B, V] of texts of either side."""
         return forward(**text.arguments())
 
     def sizes(self, batch: PretrainBatch) -> tuple[int, int]:
@@ -114,16 +114,17 @@ class RankingModel(nn.Module):
         super().__init__()
         self.encoder, self.recompute, self.query_encoder = encoder, recompute, query_encoder
 
-    def forward(self, batch: RankingBatch | TextBatch) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-        """Vectors of the queries [Q, V] and of the documents [Q·N, V], in the batch's order; of texts alone, [B, V]."""
+    def forward(self, batch: RankingBatch | TextBatch,
+                side: str = "docs") -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        """Vectors of the queries [Q, V] and of the documents [Q·N, V], in the batch's order; of texts of one side
+        alone, [B, V]."""
         if isinstance(batch, TextBatch):
-            return self._encode(batch)
+            return self._encode(batch) if side == "docs" else self._encode_queries(batch)
         docs = _InOrder.apply(batch.doc_order, *(self._encode(chunk) for chunk in batch.docs))
-        if self.query_encoder is None:
-            queries = [self._encode(chunk) for chunk in batch.queries]
-        else:
-            queries = [self.query_encoder(**chunk.arguments()) for chunk in batch.queries]
-        return _InOrder.apply(batch.query_order, *queries), docs
+        return _InOrder.apply(batch.query_order, *(self._encode_queries(chunk) for chunk in batch.queries)), docs
+
+    def _encode_queries(self, text: TextBatch) -> torch.Tensor:
+        return self._encode(text) if self.query_encoder is None else self.query_encoder(**text.arguments())
 
     def _encode(self, text: TextBatch) -> torch.Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
@@ -215,9 +216,9 @@ class RankingObjective:
         """Go on from there."""
         self.lambdas.load_state_dict(state)
 
-    def encode(self, forward, text: TextBatch) -> torch.Tensor:
-        """Lexicon vectors [B, V] of texts."""
-        return forward(text)
+    def encode(self, forward, text: TextBatch, side: str) -> torch.Tensor:
+        """Lexicon vectors [B, V] of ``docs`` or ``queries``."""
+        return forward(text, side)
 
     def sizes(self, batch: RankingBatch) -> tuple[int, int]:
         """Tokens without and with padding."""

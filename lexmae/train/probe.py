@@ -148,7 +148,7 @@ class Probe:
     Attributes:
         total: steps of the run.
         engine: gives ``evaluating()``, ``rank``, ``world`` and ``device``, and is called as the model.
-        encode: (engine, texts) → vectors [B, V] of texts.
+        encode: (engine, texts, ``docs`` or ``queries``) → vectors [B, V] of texts.
         gather: rows of this rank → rows of all ranks, in the order of the ranks.
         keep: called with step and figures where a model is better than the best before it.
         best: MRR@10 of the best so far; negative where there is none.
@@ -159,7 +159,7 @@ class Probe:
     selection: Selection
     total: int
     engine: Any
-    encode: Callable[[Any, TextBatch], torch.Tensor]
+    encode: Callable[[Any, TextBatch, str], torch.Tensor]
     gather: Callable[[torch.Tensor], torch.Tensor]
     keep: Callable[[int, dict[str, Any]], None]
     best: float = -1.0
@@ -178,10 +178,11 @@ class Probe:
 
     def _measure(self) -> dict[str, float]:
         chosen, terms = self.selection, self.shards.vocab_size
-        places, vectors = self._all(self.shards.queries(self.config.split), chosen.queries, lambda v: v)
+        places, vectors = self._all(self.shards.queries(self.config.split), "queries", chosen.queries, lambda v: v)
         queries = torch.empty(len(chosen.queries), terms, device=vectors.device)
         queries[places] = vectors  # [Q, V]
-        places, rows = self._all(self.shards.docs, chosen.texts, lambda v: torch.cat([v @ queries.T, _terms(v)], dim=1))
+        places, rows = self._all(self.shards.docs, "docs", chosen.texts,
+                                 lambda v: torch.cat([v @ queries.T, _terms(v)], dim=1))
         scores = torch.empty(len(chosen.texts), rows.shape[1])
         scores[places] = rows.cpu()  # [T, Q + 1]
         terms_docs, scores = scores[:, -1].mean().item(), scores[:, :-1]
@@ -191,7 +192,7 @@ class Probe:
         return {**measures(best.T, torch.from_numpy(chosen.relevant)), "probe_terms_docs": terms_docs,
                 "probe_terms_queries": _terms(queries).mean().item()}
 
-    def _all(self, table: TokenTable, rows: np.ndarray,
+    def _all(self, table: TokenTable, side: str, rows: np.ndarray,
              use: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """What ``use`` makes of the vectors of all texts ``rows``, and which of them each result is of.
 
@@ -201,14 +202,14 @@ class Probe:
         order = np.argsort(-table.lengths[rows], kind="stable")
         order = np.resize(order, -(-len(order) // self.engine.world) * self.engine.world)
         own = rows[order[self.engine.rank::self.engine.world]]
-        found = self.gather(torch.cat([use(vectors) for vectors in self._vectors(table, own)]))
+        found = self.gather(torch.cat([use(vectors) for vectors in self._vectors(table, side, own)]))
         places = np.concatenate([order[rank::self.engine.world] for rank in range(self.engine.world)])
         return torch.from_numpy(places), found
 
-    def _vectors(self, table: TokenTable, rows: np.ndarray) -> Iterator[torch.Tensor]:
+    def _vectors(self, table: TokenTable, side: str, rows: np.ndarray) -> Iterator[torch.Tensor]:
         for start in range(0, len(rows), _TEXTS):
             text = read_texts(self.shards, table, rows[start:start + _TEXTS]).to(self.engine.device)
-            yield self.encode(self.engine, text)[:, :self.shards.vocab_size].float()
+            yield self.encode(self.engine, text, side)[:, :self.shards.vocab_size].float()
 
 
 def _terms(vectors: torch.Tensor) -> torch.Tensor:
