@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from lexmae import artifact
+from lexmae.config import NegativesConfig
+from lexmae.data import draws
 from lexmae.data.corpus import Passage, Query, write_beir
+from lexmae.data.negatives import write_negatives
 from lexmae.data.shards import Shards, prepare
 
 DOCUMENTS, MAX_LENGTH, QUERY_LENGTH = 41, 28, 10
@@ -74,6 +77,17 @@ def shards_dir(beir_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def tiny_shards(shards_dir: Path) -> Shards:
     """The shards, opened."""
     return Shards.open(shards_dir)
+
+
+@pytest.fixture(scope="session")
+def lists(tiny_shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> draws.NegativeLists:
+    """Ten negatives for most queries of train, none for t3."""
+    folder = tmp_path_factory.mktemp("negatives")
+    random = np.random.default_rng(3)
+    write_negatives(folder / "n.jsonl", ((f"t{i}", [f"d{j}" for j in random.permutation(41)[:10]], None)
+                                         for i in range(13) if i != 3))
+    draws.build(tiny_shards, "train", NegativesConfig(str(folder / "n.jsonl"), depth=10), folder / "lists")
+    return draws.NegativeLists(folder / "lists")
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from lexmae.config import MaskingConfig, NegativesConfig
-from lexmae.data import draws
 from lexmae.data.batches import PretrainData, RankingData, Stream, TextBatch, prefetch, share, text_batch
 from lexmae.data.masking import IGNORE
-from lexmae.data.negatives import write_negatives
 from lexmae.data.tokens import TokenBatch
 
 # ---------------------------------------------------------------------------------------------- the stream
@@ -153,17 +151,6 @@ def test_a_step_of_pretraining_can_be_asked_for_in_any_order(tiny_shards):
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning
-
-
-@pytest.fixture(scope="module")
-def lists(tiny_shards, tmp_path_factory) -> draws.NegativeLists:
-    """Ten negatives for most queries of train, none for t3."""
-    folder = tmp_path_factory.mktemp("negatives")
-    random = np.random.default_rng(3)
-    write_negatives(folder / "n.jsonl", ((f"t{i}", [f"d{j}" for j in random.permutation(41)[:10]], None)
-                                         for i in range(13) if i != 3))
-    draws.build(tiny_shards, "train", NegativesConfig(str(folder / "n.jsonl"), depth=10), folder / "lists")
-    return draws.NegativeLists(folder / "lists")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from lexmae.train import losses
 def regularise(name: str, vectors: torch.Tensor, **options) -> torch.Tensor:
     """A regulariser of vectors [B, V]."""
     vectors = vectors.float()
-    return losses.REGULARISERS[name](losses.column_means(vectors), losses.column_shares(vectors), **options)
+    return losses.REGULARISERS[name](losses.column_means(vectors), vectors, **options)
 
 
 def test_flops_by_hand():

@@ -13,9 +13,7 @@ from test_shards import FAMILIES
 from transformers import AutoTokenizer
 
 from lexmae.config import NegativesConfig
-from lexmae.data import draws
 from lexmae.data import tokenizer as tok
-from lexmae.data.negatives import write_negatives
 from lexmae.data.pairs import PairBatch, RerankData, read_pairs
 from lexmae.data.tokens import TokenBatch
 from lexmae.errors import InputError
@@ -137,17 +135,6 @@ def test_every_kind_of_tokenizer_separates_pairs_as_it_does_itself(family):
 
 
 # --------------------------------------------------------------------------------------------------- training
-
-
-@pytest.fixture(scope="module")
-def lists(tiny_shards, tmp_path_factory) -> draws.NegativeLists:
-    """Ten negatives for most queries of train, none for t3."""
-    folder = tmp_path_factory.mktemp("negatives")
-    random = np.random.default_rng(3)
-    write_negatives(folder / "n.jsonl", ((f"t{i}", [f"d{j}" for j in random.permutation(41)[:10]], None)
-                                         for i in range(13) if i != 3))
-    draws.build(tiny_shards, "train", NegativesConfig(str(folder / "n.jsonl"), depth=10), folder / "lists")
-    return draws.NegativeLists(folder / "lists")
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def test_round_trip(static_dir, tiny_shards):
     expected = torch.nn.functional.softplus(torch.randn(tiny_shards.vocab_size))
     expected[list(tiny_shards.special.structural)] = 0
     torch.testing.assert_close(static_queries.read_table(static_dir), expected)
-    loaded = torch.nn.functional.softplus(StaticQueries.load(static_dir).raw.detach())
+    loaded = torch.nn.functional.softplus(StaticQueries(static_queries.read_table(static_dir)).raw.detach())
     torch.testing.assert_close(loaded, expected.clamp_min(1e-6), rtol=1e-4, atol=1e-7)
     assert static_queries.holds_table(static_dir)
     SparseEncoder.load(static_dir)  # the documents' encoder is where it was
@@ -114,10 +114,10 @@ def test_round_trip(static_dir, tiny_shards):
 def test_a_folder_without_a_table_or_with_a_damaged_one(model_dir, tmp_path):
     assert not static_queries.holds_table(model_dir)
     with pytest.raises(InputError, match="no such table"):
-        StaticQueries.load(model_dir)
+        static_queries.read_table(model_dir)
     (tmp_path / static_queries.TABLE).write_bytes(b"not a table")
     with pytest.raises(InputError, match="not a table of query weights"):
-        StaticQueries.load(tmp_path)
+        static_queries.read_table(tmp_path)
 
 
 def test_a_vocabulary_larger_than_the_tokenizers_has_no_files_of_the_peer(model_dir, tiny_shards, tmp_path):

@@ -90,6 +90,21 @@ class Shards:
         """Whether each vocabulary entry begins a word, bool [V]. Special tokens do."""
         return read_array(self.path / "word_starts.npy", bool)
 
+    def refuse_other_tokenizer(self, model: str | Path, *kinds: str) -> artifact.Manifest | None:
+        """The manifest of a model of this project, made with the tokenizer of the shards; None for other models.
+
+        Raises:
+            InputError: it is an artifact of none of these kinds, or made with another tokenizer.
+        """
+        if not artifact.exists(model):
+            return None
+        manifest = artifact.read(model)
+        if manifest.kind not in kinds:
+            artifact.read(model, kinds[0])  # which says so
+        if manifest.extra["tokenizer_hash"] != self.manifest.extra["tokenizer_hash"]:
+            raise InputError(f"was trained with another tokenizer than that of {self.manifest.path}", model)
+        return manifest
+
     def _known(self, split: str) -> None:
         if split not in self.splits:
             names = ", ".join(self.splits) or "none"

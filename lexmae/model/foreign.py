@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import ast
 import json
+import pickle
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -116,7 +118,7 @@ def plan(init: str | Path, side: str) -> Plan:
 def load_static(chosen: Plan) -> StaticEncoder:
     """The encoder of a plan with a table."""
     assert chosen.table is not None
-    weights = _idf(chosen) if chosen.table.suffix == ".json" else _stored_weights(chosen.table)
+    weights = _idf(chosen) if chosen.table.suffix == ".json" else stored_weights(chosen.table)
     if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
         raise InputError("holds a weight that is negative or no number", chosen.table)
     return StaticEncoder(weights, chosen.top_k)
@@ -248,10 +250,14 @@ def _idf(chosen: Plan) -> Tensor:
     return weights
 
 
-def _stored_weights(file: Path) -> Tensor:
-    stored = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+def stored_weights(file: Path) -> Tensor:
+    """A table of token weights [V], float32; InputError where the file is none."""
+    try:
+        stored = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError) as error:
+        raise InputError(f"not a table of query weights: {error}", file) from error
     if "weight" not in stored or stored["weight"].dim() != 1:
-        raise InputError("holds no list of token weights", file)
+        raise InputError("not a table of query weights: it holds no list of them", file)
     return stored["weight"].float()
 
 

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lexmae.errors import InputError
-from lexmae.model import encoder
+from lexmae.model import encoder, foreign
 
-TABLE = "query_weights.safetensors"
+TABLE = foreign.QUERY_WEIGHTS
 _ROUTE = "0_StaticQueries"
 _LEAST = 0.01  # the smallest weight to start from: one step of the rounding, and a gradient that is not lost
 
@@ -54,15 +53,6 @@ class StaticQueries(nn.Module):
             found.scatter_add_(1, input_ids, text_mask.float())
             return found.clamp(max=1) * F.softplus(self.raw.float())
 
-    @classmethod
-    def load(cls, folder: str | Path) -> StaticQueries:
-        """From a model folder.
-
-        Raises:
-            InputError: it holds no table, or a file that is none.
-        """
-        return cls(read_table(folder))
-
 
 def holds_table(folder: str | Path) -> bool:
     """Whether a model folder makes its queries' vectors from a table."""
@@ -74,10 +64,7 @@ def read_table(folder: str | Path) -> Tensor:
     path = Path(folder) / TABLE
     if not path.is_file():
         raise InputError("no such table of query weights", path)
-    try:
-        return load_file(path)["weight"].float()
-    except (SafetensorError, KeyError, OSError) as error:
-        raise InputError(f"not a table of query weights: {error}", path) from error
+    return foreign.stored_weights(path)
 
 
 def inverse_document_frequency(document_frequency: Tensor, documents: int, size: int) -> Tensor:

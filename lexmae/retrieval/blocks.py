@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,14 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
 def own(count: int, block: int, rank: int, world: int) -> list[int]:
     """The blocks of a rank, of ``count`` items in blocks of ``block``."""
     return list(range(rank, -(-count // block), world))
+
+
+def missing(own: Sequence[int], there: Collection[str], name: Callable[[int], str]) -> list[int]:
+    """The blocks of a rank whose part, by its file's ``name``, is not there yet."""
+    left = [block for block in own if name(block) not in there]
+    if len(left) < len(own):
+        say(f"{len(own) - len(left)} of {len(own)} parts are there already")
+    return left
 
 
 def precision(name: str, device: torch.device) -> str:

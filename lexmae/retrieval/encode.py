@@ -23,7 +23,6 @@ from lexmae.data.batches import read_texts
 from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
-from lexmae.model.static_queries import StaticQueries, holds_table
 from lexmae.ranks import together
 from lexmae.retrieval import blocks, vectors, vocabularies
 
@@ -66,11 +65,9 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         state = {"model": made_with or str(model), "shards": opened.manifest.fingerprint, "side": config.side,
                  "split": config.split, "top_k": config.top_k, "precision": name, "block": BLOCK}
         partial, there = blocks.open_partial(output, state, hosts)
-        encoder = _load(model, config.side).to(device).eval()
+        encoder = SparseEncoder.load(model, side=config.side).to(device).eval()
         own = blocks.own(len(table), BLOCK, rank, world)
-        missing = [block for block in own if vectors.part_name(0, block) not in there]
-        if len(missing) < len(own):
-            say(f"{len(own) - len(missing)} of {len(own)} parts are there already")
+        missing = blocks.missing(own, there, lambda block: vectors.part_name(0, block))
         start = time.perf_counter()
         done = _encode_blocks(encoder, opened, table, missing, partial, config, blocks.PRECISIONS[name], device)
         seconds = time.perf_counter() - start
@@ -81,17 +78,13 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         hosts.barrier()
 
 
-def _load(model: str | Path, side: str) -> torch.nn.Module:
-    """The encoder of a side: for the queries of a model with static queries, its table alone."""
-    if side == "queries" and holds_table(model):
-        return StaticQueries.load(model)
-    return SparseEncoder.load(model, side=side)
-
-
 def open_inputs(model: str | Path, shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards, str | None]:
     """The texts to encode, their shards, and the fingerprint of a model of ours; refuses what does not fit."""
     table, opened = _open_table(shards, config)
-    return table, opened, _refuse_other_tokenizer(model, opened, config.side)
+    made_with = opened.refuse_other_tokenizer(model, "model")
+    if made_with is None:
+        vocabularies.refuse_other_vocabulary(model, opened, config.side)
+    return table, opened, made_with and made_with.fingerprint
 
 
 def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards]:
@@ -102,17 +95,6 @@ def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, S
         known = ", ".join(opened.splits) or "none"
         raise InputError(f"has no queries of the split '{config.split}'; it has {known}", shards)
     return opened.queries(config.split), opened
-
-
-def _refuse_other_tokenizer(model: str | Path, shards: Shards, side: str) -> str | None:
-    """The fingerprint of a model of ours, whose tokenizer must be that of the shards; None for other models."""
-    if not artifact.exists(model):
-        vocabularies.refuse_other_vocabulary(model, shards, side)
-        return None
-    manifest = artifact.read(model, "model")
-    if manifest.extra["tokenizer_hash"] != shards.manifest.extra["tokenizer_hash"]:
-        raise InputError(f"was trained with another tokenizer than that of {shards.manifest.path}", model)
-    return manifest.fingerprint
 
 
 @torch.inference_mode()

@@ -50,9 +50,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         partial, there = blocks.open_partial(output, state, hosts)
         encoder = DenseEncoder.load(model, representation).to(device).eval()
         own = blocks.own(len(table), sparse.BLOCK, rank, world)
-        missing = [block for block in own if part_name(block) not in there]
-        if len(missing) < len(own):
-            say(f"{len(own) - len(missing)} of {len(own)} parts are there already")
+        missing = blocks.missing(own, there, part_name)
         _encode_blocks(encoder, opened, table, missing, partial, config, blocks.PRECISIONS[name], device)
         blocks.collect(hosts, partial, -(-len(table) // sparse.BLOCK))
         if rank == 0:

@@ -91,7 +91,7 @@ def score(model: str | Path, shards: str | Path, output: str | Path, config: Sco
     with together():
         opened = _open_shards(shards, config.split)
         reports.refuse_existing(output, overwrite=overwrite)
-        made_with = _refuse_misfit(model, opened)
+        made_with = opened.refuse_other_tokenizer(model, KIND)
         work = (Negatives if negatives else Reranking)(source, opened, config)
     with blocks.ranks() as (rank, world, device):
         scorer = CrossEncoder.load(model).to(device).eval()
@@ -126,16 +126,6 @@ def _open_shards(shards: str | Path, split: str) -> Shards:
     if split not in opened.splits:
         raise InputError(f"has no queries of the split '{split}'; it has {', '.join(opened.splits) or 'none'}", shards)
     return opened
-
-
-def _refuse_misfit(model: str | Path, shards: Shards) -> artifact.Manifest | None:
-    """The manifest of a cross-encoder of ours, whose tokenizer must be that of the shards; None for other models."""
-    if not artifact.exists(model):
-        return None
-    manifest = artifact.read(model, KIND)
-    if manifest.extra["tokenizer_hash"] != shards.manifest.extra["tokenizer_hash"]:
-        raise InputError(f"was trained with another tokenizer than that of {shards.manifest.path}", model)
-    return manifest
 
 
 def _pair_length(scorer: CrossEncoder, made_with: artifact.Manifest | None, shards: Shards, config: ScoreConfig,
@@ -259,9 +249,7 @@ class _Scoring:
 
     def run(self, work: Work, own: Sequence[int], partial: Path, there: Collection[str]) -> dict[str, Any]:
         """Make the parts that are not there."""
-        missing = [block for block in own if _part(partial, block).name not in there]
-        if len(missing) < len(own):
-            say(f"{len(own) - len(missing)} of {len(own)} parts are there already")
+        missing = blocks.missing(own, there, lambda block: _part(partial, block).name)
         numbers = {block: range(block * BLOCK, min((block + 1) * BLOCK, len(work.items))) for block in missing}
         todo = sum(int(_rows(self.shards, work.items[i].units)[1].sum()) for block in missing for i in numbers[block])
         start = time.perf_counter()

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from lexmae import artifact
-from lexmae.checked import check_offsets, check_range, read_arrow, read_strings
+from lexmae.checked import check_offsets, read_arrow, read_strings
 from lexmae.errors import InputError
 from lexmae.retrieval import checks
 
@@ -215,7 +215,6 @@ class SparseVectors:
             raise InputError(f"the id '{_first_repeated(ids)}' occurs more than once", path)
         vocabulary = read_vocabulary(path)
         checks.check_rows(ids, csr, len(vocabulary), path)
-        check_range(csr.indices, len(vocabulary), path, "term ids")
         return cls(ids, *csr, vocabulary, dict(manifest.extra), manifest.fingerprint)
 
 

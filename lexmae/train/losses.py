@@ -95,34 +95,35 @@ def margin_gap(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(student, teacher)
 
 
-def flops(means: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+def flops(means: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """FLOPS regulariser Σ_v (mean_b |x_bv|)² (Paria et al. 2020); b runs over the global batch."""
     return means.square().sum()
 
 
-def l1(means: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+def l1(means: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """mean_b Σ_v |x_bv|."""
     return means.sum()
 
 
-def df_flops(means: torch.Tensor, shares: torch.Tensor, alpha: float = 0.1, beta: float = 10.0) -> torch.Tensor:
+def df_flops(means: torch.Tensor, vectors: torch.Tensor, alpha: float = 0.1, beta: float = 10.0) -> torch.Tensor:
     """FLOPS in which a term weighs the more, the more documents have it: Σ_v (w_v · mean_b |x_bv|)².
 
     ``w = 1 / (1 + (d^(log_α 2) − 1)^β)``, a curve that rises from 0 to 1 with w = ½ where a share d = α of the texts
     has the term (DF-FLOPS, Porco et al. 2025, "An Alternative FLOPS Regularization to Effectively Productionize
     SPLADE-Doc"). Shares are those of the global batch, without a gradient.
     """
+    shares = column_shares(vectors)
     weight = 1 / (1 + (shares.clamp_min(1e-9) ** (math.log(2) / math.log(alpha)) - 1) ** beta)
     return (weight * means).square().sum()
 
 
-def none(means: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+def none(means: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """No regulariser: 0."""
     return means.new_zeros(())
 
 
 REGULARISERS = {"flops": flops, "l1": l1, "df_flops": df_flops, "none": none}
-"""By the names of recipes: column means [V] and shares [V] of vectors [B, V] → scalar."""
+"""By the names of recipes: column means [V] of |vectors|, and the vectors [B, V] themselves → scalar."""
 
 
 def column_means(vectors: torch.Tensor) -> torch.Tensor:

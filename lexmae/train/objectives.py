@@ -184,8 +184,8 @@ class RankingObjective:
         queries, docs = _largest(queries, config.top_k_queries), _largest(docs, config.top_k_docs)
         scores, means_q, means_d = losses.scores_and_means(queries, docs)  # [G, G·N]
         contrastive, accuracy = losses.contrastive(scores, batch.n_docs, batch.exclude, config.temperature)
-        sparsity_d = losses.REGULARISERS[config.regulariser_docs](means_d, losses.column_shares(docs))
-        sparsity_q = losses.REGULARISERS[config.regulariser_queries](means_q, losses.column_shares(queries))
+        sparsity_d = losses.REGULARISERS[config.regulariser_docs](means_d, docs)
+        sparsity_q = losses.REGULARISERS[config.regulariser_queries](means_q, queries)
         lambda_d, lambda_q = self.lambdas.at(step, total_steps)
         loss = config.contrastive_weight * contrastive + lambda_d * sparsity_d + lambda_q * sparsity_q
         values = {"loss_contrastive": contrastive, f"{config.regulariser_docs}_docs": sparsity_d,

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from lexmae import artifact
 from lexmae.cli import say
 from lexmae.config import RerankRecipe
 from lexmae.data.batches import RankingBatch
@@ -54,11 +53,10 @@ class Teacher:
     """
 
     def __init__(self, folder: str, shards: Shards):
-        check_teacher(folder, shards)
+        made = shards.refuse_other_tokenizer(folder, KIND)
         self.scorer = CrossEncoder.load(folder).eval().requires_grad_(False)
-        made = artifact.read(folder, KIND).extra.get("pair_length") if artifact.exists(folder) else None
         whole = shards.manifest.extra["query_length"] + shards.manifest.extra["max_length"] - 1
-        self.max_length = min(made or whole, self.scorer.max_length)
+        self.max_length = min(made.extra.get("pair_length", whole) if made else whole, self.scorer.max_length)
 
     @torch.no_grad()
     def __call__(self, batch: RankingBatch) -> torch.Tensor:
@@ -68,14 +66,6 @@ class Teacher:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             scores = [self.scorer(**pairs.arguments()).float().view(-1, pairs.n_docs) for pairs in batch.pairs]
         return torch.cat(scores)
-
-
-def check_teacher(folder: str, shards: Shards) -> None:
-    """InputError where a cross-encoder of ours was made with another tokenizer than the shards."""
-    if artifact.exists(folder):
-        made_with = artifact.read(folder, KIND).extra["tokenizer_hash"]
-        if made_with != shards.manifest.extra["tokenizer_hash"]:
-            raise InputError(f"was trained with another tokenizer than that of {shards.manifest.path}", folder)
 
 
 def check(config: RerankRecipe, shards: Shards) -> None:

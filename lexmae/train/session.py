@@ -12,7 +12,7 @@ import torch
 
 from lexmae import artifact, lifeline, recipe
 from lexmae.cli import say
-from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, RerankRecipe
+from lexmae.config import FinetuneRecipe, PretrainRecipe, RerankRecipe
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import card, reranker
@@ -46,29 +46,20 @@ def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | 
             if not Path(source.path).is_file():
                 raise InputError("no such file of negatives", source.path)
     if isinstance(config, FinetuneRecipe) and config.loss.teacher:
-        rerank.check_teacher(config.loss.teacher, shards)
+        shards.refuse_other_tokenizer(config.loss.teacher, reranker.KIND)
     if isinstance(config, RerankRecipe):
         rerank.check(config, shards)
     elif config.probe.every:
         probe.check(config.probe, shards)
-    _check_init(config.model, shards, ("model", reranker.KIND) if isinstance(config, RerankRecipe) else ("model",))
+    if config.model.init != "scratch":
+        kinds = ("model", reranker.KIND) if isinstance(config, RerankRecipe) else ("model",)
+        shards.refuse_other_tokenizer(config.model.init, *kinds)
     output = Path(config.output)
     if not resume and artifact.exists(output / "model"):
         raise InputError("holds a finished model already; choose another output", output)
     if not resume and (output / "checkpoints").is_dir() and any((output / "checkpoints").glob("step-*")):
         raise InputError("holds checkpoints; continue with --resume auto, or choose another output", output)
     return spread
-
-
-def _check_init(model: ModelConfig, shards: Shards, kinds: tuple[str, ...]) -> None:
-    """A model of ours must be of one of these kinds, and made with the tokenizer of the shards."""
-    if model.init == "scratch" or not artifact.exists(model.init):
-        return
-    manifest = artifact.read(model.init)
-    if manifest.kind not in kinds:
-        artifact.read(model.init, kinds[0])  # which says so
-    if manifest.extra["tokenizer_hash"] != shards.manifest.extra["tokenizer_hash"]:
-        raise InputError(f"was trained with another tokenizer than that of {shards.manifest.path}", model.init)
 
 
 def ready(config: PretrainRecipe | FinetuneRecipe | RerankRecipe,
