@@ -10,6 +10,7 @@ from lexmae.config import ModelConfig
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import backbone
+from lexmae.model.dense import DenseEncoder
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.head_fit import fit_transform
 from lexmae.train.parts import build_lm
@@ -87,6 +88,14 @@ def test_a_backbone_without_a_head_gets_one(tmp_path, shards_dir, capsys):
     build_lm(ModelConfig(init=str(tmp_path / "headless"), fit_head=False), shards)
     build_lm(ModelConfig(init=str(tmp_path / "whole")), shards)
     assert "LM head" not in capsys.readouterr().err
+
+
+def test_without_training_a_backbone_without_a_head_has_dense_vectors_only(tmp_path):
+    random_lm("bert").base_model.save_pretrained(tmp_path)
+    for load in (backbone.load_masked_lm, SparseEncoder.load, DenseEncoder.load):
+        with pytest.raises(InputError, match="has no LM head .* train one from it first"):
+            load(str(tmp_path))
+    assert DenseEncoder.load(tmp_path, "cls").dimensions == 96
 
 
 def test_weights_missing_inside_are_refused(tmp_path):

@@ -91,17 +91,21 @@ def load_masked_lm(init: str, subfolder: str = "", **kw: Any) -> PreTrainedModel
     """A masked language model from a folder or a hub name, in float32 unless `dtype` says otherwise.
 
     `subfolder` names the part of the folder that holds it. Keywords go to `AutoModelForMaskedLM.from_pretrained`.
-    Raises InputError when the folder or name holds no such model.
+    Raises InputError when the folder or name holds no such model, or one without its LM head.
     """
-    return _settle(_load(AutoModelForMaskedLM, "a masked language model", init, subfolder, **kw))
+    lm, new = load_masked_lm_with_new(init, subfolder, **kw)
+    if new:
+        raise InputError(f"has no LM head (it lacks {new[0]}), so it has no lexicon vectors: train one from it first, "
+                         "with launch/pretrain.py or launch/finetune.py", path=init)
+    return lm
 
 
-def load_masked_lm_with_new(init: str) -> tuple[PreTrainedModel, list[str]]:
+def load_masked_lm_with_new(init: str, subfolder: str = "", **kw: Any) -> tuple[PreTrainedModel, list[str]]:
     """`load_masked_lm`, and the names of the weights of the LM head that are new: none for a masked language model.
 
     A backbone without an LM head (a sentence encoder) gets a new one, a function of torch's generator.
     """
-    lm, new = _load_with_new(AutoModelForMaskedLM, "a masked language model", init)
+    lm, new = _load_with_new(AutoModelForMaskedLM, "a masked language model", init, subfolder, **kw)
     return _settle(lm), [name for name in new if not name.endswith("bias")]  # the output bias often has no other name
 
 
@@ -114,12 +118,14 @@ def load_scorer(init: str, **kw: Any) -> tuple[PreTrainedModel, list[str]]:
     return _load_with_new(AutoModelForSequenceClassification, "a model of one score", init, num_labels=1, **kw)
 
 
-def _load_with_new(kind: Any, what: str, init: str, **kw: Any) -> tuple[PreTrainedModel, list[str]]:
+def _load_with_new(
+    kind: Any, what: str, init: str, subfolder: str = "", **kw: Any
+) -> tuple[PreTrainedModel, list[str]]:
     """What `_load` gives, and the names of its weights that the folder does not have, all above the encoder."""
     shown = logging.get_verbosity()
     logging.set_verbosity_error()  # a report of what is new and what is left out, once for each rank
     try:
-        model, found = _load(kind, what, init, output_loading_info=True, **kw)
+        model, found = _load(kind, what, init, subfolder, output_loading_info=True, **kw)
     finally:
         logging.set_verbosity(shown)
     new = sorted(found["missing_keys"])
