@@ -124,16 +124,16 @@ def _whole(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
 
 
 def _linked(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
-    for master in masters(optimizer):
-        _state(optimizer.optimizer, master)
-    optimizer._lazy_init_hp_params_optimizer_state()
     groups = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
-    for parameter in (p for group in groups for p in group):
-        linked = parameter._hp_mapping
-        if linked is not None:  # else it lies on other ranks
-            place = linked.lp_fragment_address
-            yield Fragment(names[id(parameter)], place.start, place.numel, parameter.numel(), False,
-                           lambda key, linked=linked: linked.get_hp_fragment(None if key == "weight" else key).data)
+    for group, master in zip(groups, masters(optimizer), strict=True):
+        values = {**_state(optimizer.optimizer, master), "weight": master}
+        for parameter in group:
+            linked = parameter._hp_mapping
+            if linked is not None:  # else it lies on other ranks
+                here, there = linked.lp_fragment_address, linked.hp_fragment_address
+                yield Fragment(names[id(parameter)], here.start, here.numel, parameter.numel(), False,
+                               lambda key, values=values, there=there:
+                               values[key].data.narrow(0, there.start, there.numel))
 
 
 def _split(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:

@@ -6,6 +6,7 @@ Every rank keeps the same counts, since what they are made of crosses ranks befo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,9 @@ import torch
 
 from lexmae import artifact
 from lexmae.cli import is_main_rank, say
-from lexmae.config import FinetuneRecipe, OptimizationConfig
+from lexmae.config import FinetuneRecipe
 from lexmae.data.batches import Stream
 from lexmae.errors import RunError
-from lexmae.train import schedules
 from lexmae.train.engine import StepReport
 
 BAD_BATCH = "bad_batch.json"
@@ -63,8 +63,8 @@ class Skips:
         at_end = self.precision == "fp16" and report.loss_scale <= self.lowest
         if at_end and not self._said:
             self._said = True
-            say(f"warning: the loss scale of fp16 has fallen to its minimum, {self.lowest:g}, at step {done}: gradients "
-                "overflow whatever the scale. bf16, or a lower optimization.lr, helps")
+            say(f"warning: the loss scale of fp16 has fallen to its minimum, {self.lowest:g}, at step {done}: "
+                "gradients overflow whatever the scale. bf16, or a lower optimization.lr, helps")
         if self.precision != "fp16" or bad_loss or at_end:
             self.in_a_row += 1
         if self.in_a_row >= self.limit:
@@ -154,9 +154,5 @@ def watch_lexicon(config: Any, vocabulary: int, total: int, said: Iterable[str])
     """The watch of a fine-tuning run, whose vectors should be sparse once learning rate and λ have grown; else None."""
     if not isinstance(config, FinetuneRecipe):
         return None
-    return LexiconWatch(vocabulary, _settled(config.optimization, config.loss.lambda_ramp, total), said)
-
-
-def _settled(optimization: OptimizationConfig, ramp: float, total: int) -> int:
-    return next((step for step in range(total) if schedules.ramp(step, total, ramp) == 1
-                 and step >= optimization.warmup * total), total)
+    settled = math.ceil(max(config.optimization.warmup, config.loss.lambda_ramp) * total)
+    return LexiconWatch(vocabulary, settled, said)
