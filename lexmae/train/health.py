@@ -78,8 +78,9 @@ class Skips:
         shown = ", ".join(ids[:_SHOWN])
         more = f" and {len(ids) - _SHOWN} more, see {self.folder / BAD_BATCH}" if len(ids) > _SHOWN else ""
         scale = f" with the loss scale of fp16 at its minimum, {self.lowest:g}" if at_end else ""
-        raise RunError(f"the {what} was not finite {self.in_a_row} steps in a row{scale}, the last of them step {done} "
-                       f"({shown}{more}); none of these steps changed the weights, and the last checkpoint is intact")
+        batch = f" ({shown}{more})" if ids else ""
+        raise RunError(f"the {what} was not finite {self.in_a_row} steps in a row{scale}, the last of them step {done}"
+                       f"{batch}; none of these steps changed the weights, and the last checkpoint is intact")
 
 
 def example_ids(data: Any) -> Callable[[int], list[str]]:
