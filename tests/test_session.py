@@ -134,4 +134,5 @@ def test_a_model_that_cannot_read_the_shards_is_refused(tiny_shards, tmp_path):
 def test_what_may_change_between_a_run_and_its_continuation(recipe):
     learned = session._learned(to_dict(recipe()))
     assert {"output", "deepspeed", "logging"}.isdisjoint(learned)
-    assert "micro_batch" not in learned["optimization"] and learned["optimization"]["batch"] == 8 and learned["model"]["init"] == "scratch"
+    assert "micro_batch" not in learned["optimization"]
+    assert learned["optimization"]["batch"] == 8 and learned["model"]["init"] == "scratch"

@@ -143,7 +143,7 @@ class LexiconWatch:
             return f"{name} empty", (
                 f"the lexicon has collapsed: every {side} vector of the last {_INTERVAL} steps is empty, so nothing is "
                 f"learned any more. Start again from an earlier checkpoint with a lower {weight} or optimization.lr")
-        if done > self.settled + _INTERVAL and mean >= self.vocabulary / 2:
+        if done >= self.settled + _INTERVAL and mean >= self.vocabulary / 2:
             return f"{name} dense", (
                 f"the lexicon has not become sparse: {mean:.0f} of {self.vocabulary} terms are active in a {side} "
                 f"vector. Raise {weight}, or set a budget (loss.active_terms); where the loss does not fall, lower "
