@@ -47,31 +47,38 @@ def data(step: int) -> torch.Tensor:
     return torch.randn(BATCH, 7, generator=torch.Generator().manual_seed(step))
 
 
-def hardware(stage: int, world: int, precision: str, accumulation: str | None) -> Hardware:
+def hardware(stage: int, world: int, precision: str, accumulation: str | None, offload: bool) -> Hardware:
     config = {"train_batch_size": BATCH, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
               "train_micro_batch_size_per_gpu": BATCH // world // 2, "zero_allow_untested_optimizer": True,
               "steps_per_print": 10**9, "zero_optimization": {"stage": stage}}
     if precision != "fp32":
         config[precision] = {"enabled": True}
+    if offload:
+        config["zero_force_ds_cpu_optimizer"] = False
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        if stage == 3:
+            config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if accumulation:
         config["data_types"] = {"grad_accum_dtype": accumulation}
     return Hardware(world, BATCH // world // 2, 2, config)
 
 
 def job(folder: Path, name: str, steps: int, stage: int, resume: str | None = None, precision: str = "fp32",
-        accumulation: str | None = None, dropout: float = 0.0, poison: int | None = None) -> None:
+        accumulation: str | None = None, dropout: float = 0.0, poison: int | None = None,
+        offload: bool = False) -> None:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(3)
     model = Model(dropout)
     torch.manual_seed(4 + rank)
-    engine = engines.Engine(model, hardware(stage, world, precision, accumulation), OPTIMIZATION, torch.device("cpu"))
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    engine = engines.Engine(model, hardware(stage, world, precision, accumulation, offload), OPTIMIZATION, device)
     start = checkpoint.load(engine, folder / resume).step if resume else 0
     losses, applied = [], []
     for step in range(start, start + steps):
         rows = data(step).split(BATCH // world)[rank]
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         for i, half in enumerate(rows.chunk(2)):
-            loss = engine(half.to(next(engine.module.parameters()).dtype)).float().sum() / BATCH
+            loss = engine(half.to(device, next(engine.module.parameters()).dtype)).float().sum() / BATCH
             if poison == step and rank == world - 1 and i == 1:
                 loss = loss * torch.inf
             engine.backward(loss)

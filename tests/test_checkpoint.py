@@ -143,6 +143,32 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         checkpoint.load(other, tmp_path / "step-1")
 
 
+def fp16_engine(**optimizer) -> engine.Engine:
+    found = object.__new__(engine.Engine)
+    found.deepspeed = SimpleNamespace(optimizer=SimpleNamespace(**optimizer))
+    found.hardware = SimpleNamespace(precision="fp16")
+    return found
+
+
+def test_loss_scaling_goes_on_at_another_stage():
+    """DeepSpeed has one object for it at stage 0, another at the other stages."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfig
+
+    split = fp16_engine(loss_scaler=DynamicLossScaler(2.0**16, 1000, 1, 2, False, dtype=torch.half))
+    whole = fp16_engine(loss_scale_config=LossScaleConfig(torch.float16, True, 1.0, None))
+    scaler = split._scaler()
+    scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter, scaler.cur_hysteresis = 2.0**14, 5, 3, 1
+    state = json.loads(json.dumps(split.scaler_state()))
+    assert state == {"cur_scale": 2.0**14, "cur_iter": 5, "last_overflow_iter": 3, "cur_hysteresis": 1}
+    whole.set_scaler_state(state)
+    assert whole.scaler_state() == {"cur_scale": 2.0**14, "cur_iter": 5, "last_overflow_iter": 3}
+    again = fp16_engine(loss_scaler=DynamicLossScaler(2.0**16, 1000, 1, 2, False, dtype=torch.half))
+    again.set_scaler_state(state)
+    assert again.scaler_state() == state
+    again.hardware.precision = "bf16"
+    assert again.scaler_state() == {}
+
+
 # ------------------------------------------------------------------------------------------------ which are kept
 
 

@@ -13,7 +13,7 @@ from launching import ROOT, environment, free_port
 pytestmark = pytest.mark.slow
 CONFIGURATIONS = [{"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 3}, {"stage": 0, "precision": "bf16"},
                   {"stage": 1, "precision": "bf16"}, {"stage": 1, "precision": "bf16", "accumulation": "fp32"},
-                  {"stage": 3, "precision": "bf16"}]
+                  {"stage": 3, "precision": "bf16"}, {"stage": 2, "offload": True}, {"stage": 3, "offload": True}]
 
 
 def ranks(folder: Path, world: int, jobs: list[dict]) -> dict[str, dict]:

@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 from lexmae import lifeline
 from lexmae.config import OptimizationConfig
-from lexmae.errors import RunError
 from lexmae.ranks import Hosts
 from lexmae.train.hardware import Hardware
 
@@ -151,6 +150,9 @@ class Engine:
         if hasattr(wrapper, "check_grad_overflow") and not (
                 hardware.precision == "fp32" and wrapper.compute_grad_norm):  # else the norm tells
             wrapper.check_grad_overflow = True
+        scaler = self._scaler()
+        if hasattr(scaler, "raise_error_at_min_scale"):  # `health.Skips` has more to say
+            scaler.raise_error_at_min_scale = False
 
     @property
     def module(self) -> torch.nn.Module:
@@ -182,21 +184,10 @@ class Engine:
         own_norm = None if hasattr(wrapper, "_global_grad_norm") else self._grad_norm()
         if own_norm is not None:
             wrapper.overflow = not bool(torch.isfinite(own_norm))
-        try:
-            self.deepspeed.step()
-        except Exception as error:
-            if "loss scale already at minimum" not in str(error):
-                raise
-            raise RunError(f"the loss scale of fp16 is at its minimum, {self._loss_scale():g}, and gradients still "
-                           "overflow: the loss is no number or the weights have grown too large; bf16 or a lower "
-                           "learning rate helps. The last checkpoint is intact") from error
+        self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if own_norm is None else own_norm
-        return StepReport(None if norm is None else float(norm), self._loss_scale(),
-                          bool(self.deepspeed.was_step_applied()))
-
-    def _loss_scale(self) -> float:
-        wrapper = self.deepspeed.optimizer
-        return float(getattr(wrapper, "cur_scale", getattr(wrapper, "loss_scale", 1.0)))
+        scale = getattr(wrapper, "cur_scale", getattr(wrapper, "loss_scale", 1.0))
+        return StepReport(None if norm is None else float(norm), float(scale), bool(self.deepspeed.was_step_applied()))
 
     def _grad_norm(self) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
