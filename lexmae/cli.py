@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import socket
 import sys
@@ -11,8 +12,9 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from lexmae.errors import InputError
+from lexmae.errors import InputError, Preempted, RunError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk
 # Environment of a launcher: rank, number of ranks, rank and number of ranks on this host, number of hosts.
 _LAUNCHERS = [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
                "OMPI_COMM_WORLD_LOCAL_SIZE", ""),
@@ -34,19 +36,31 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoReturn:
-    """Run a command's ``main(argv)`` and exit: 0, its own code, 2 for bad input, 130 for Ctrl-C."""
+    """Run a command's ``main(argv)`` and exit: 0, its own code, 1 where it cannot go on, 2 for bad input, 75 for a run
+    that was asked to stop and may be continued, 130 for Ctrl-C."""
     _adopt_launcher()
     try:
         code = main(argv)
     except InputError as error:
         _complain(str(error))
         code = 2
+    except Preempted as stop:
+        say(str(stop))
+        code = stop.code
+    except RunError as error:
+        _complain(str(error))
+        code = error.code
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         _complain(f"{error.filename or ''}: {error.strerror or error}")
         code = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _complain(f"{error.filename or 'writing'}: {error.strerror}")
+        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

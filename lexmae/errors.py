@@ -1,4 +1,4 @@
-"""The one error that means "the input is wrong": a reason and, where known, the file and the line."""
+"""What ends a command in one line: input that is wrong, and a run that cannot go on or was asked to stop."""
 
 from __future__ import annotations
 
@@ -21,3 +21,15 @@ class InputError(ValueError):
 
     def __reduce__(self):
         return type(self), (self.reason, self.path, self.line)
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, for a reason that lies outside of its input. One line, exit code ``code``."""
+
+    code = 1
+
+
+class Preempted(RunError):
+    """A run that was asked to stop and has saved what it had: exit code 75 (``EX_TEMPFAIL``), do it again later."""
+
+    code = 75

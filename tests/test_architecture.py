@@ -30,7 +30,7 @@ LAYERS = {"data": {"data"}, "model": {"model"}, "train": {"data", "model", "trai
           "demo": {"data", "model", "retrieval", "demo"}}
 
 FENCES = {
-    "deepspeed": {"lexmae/train/engine.py", "lexmae/train/checkpoint.py"},
+    "deepspeed": {"lexmae/train/engine.py"},
     "transformers": {"lexmae/model/", "lexmae/data/tokenizer.py"},
     "tokenizers": {"lexmae/data/tokenizer.py"},
     "datasets": {"lexmae/data/hub.py"},

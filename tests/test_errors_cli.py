@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from lexmae import cli
-from lexmae.errors import InputError
+from lexmae.errors import InputError, Preempted, RunError
 
 
 def outcome(main, capsys, argv=None) -> tuple[int, list[str]]:
@@ -44,6 +45,17 @@ def test_a_missing_file_is_named_in_one_line(tmp_path, capsys):
 
     code, lines = outcome(main, capsys)
     assert code == 2 and lines == [f"error: {tmp_path / 'absent.txt'}: No such file or directory"]
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (RunError("cannot go on"), 1, "error: cannot go on"),
+    (Preempted("stopped after step 3"), 75, "stopped after step 3"),
+    (OSError(errno.ENOSPC, "No space left on device", "runs/log.jsonl"), 1,
+     "error: runs/log.jsonl: No space left on device"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, "error: writing: Disk quota exceeded"),
+])
+def test_how_a_run_ends_early(error, code, line, capsys):
+    assert outcome(failing(error), capsys) == (code, [line])
 
 
 def test_other_ranks_fail_in_silence(monkeypatch, capsys):

@@ -195,25 +195,21 @@ def test_nothing_trusts_remote_code_or_unpickles_freely():
 
 
 def test_checkpoints_run_no_code(tmp_path):
-    """What DeepSpeed loads goes through ``torch.load``, which is forced to admit tensors alone."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    """They hold tensors and JSON: a pickle in the place of a file is not opened, nor is one of nonsense."""
+    from lexmae.train import statefile
 
-    from lexmae.train import engine
-
-    class Plain:
-        def load_checkpoint(self, folder, tag):
-            return torch.load(Path(folder) / tag, weights_only=False), {}
-
-    holder = type("Holder", (), {"deepspeed": Plain()})()
-    torch.save({"a": torch.ones(2), "scaler": LossScaler(1.0)}, tmp_path / "good")
-    assert engine.Engine.load(holder, tmp_path, "good")["scaler"].cur_scale == 1.0
-    torch.save({"a": Attack(tmp_path / "ran")}, tmp_path / "bad")
-    with pytest.raises(InputError, match="holds more than tensors"):
-        engine.Engine.load(holder, tmp_path, "bad")
+    path = tmp_path / statefile.file_name(0, 1)
+    plan = [statefile.Stretch("w", "weight", 0, 4)]
+    statefile.write(path, plan, [torch.arange(4.0)])
+    whole = path.read_bytes()
+    torch.save({"a": Attack(tmp_path / "ran")}, path)
+    contents = [path.read_bytes(), whole[:20], whole[:-3], b"", b"\xff" * 64,
+                whole.replace(b"w|weight|0", b"w|weight|x"), whole.replace(b'"F32"', b'"Q99"')]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="not a file of a checkpoint"):
+            statefile.Reader(tmp_path)
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(FileNotFoundError):
-        torch.load(tmp_path / "absent", weights_only=False)  # the environment is as it was
-    assert engine._WEIGHTS_ONLY not in __import__("os").environ
 
 
 @pytest.mark.parametrize(("text", "message"), [

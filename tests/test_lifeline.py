@@ -113,8 +113,16 @@ def test_limit_of_the_environment(monkeypatch, text, seconds):
     assert lifeline.limit() == seconds
 
 
-def test_one_machine_needs_none(monkeypatch):
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_SIZE", "2")):
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90.0), ("0", 0.0), ("never", 1800.0)])
+def test_limit_of_a_hung_run(monkeypatch, text, seconds):
+    monkeypatch.setenv(lifeline.HUNG, text)
+    assert lifeline.hung_limit() == seconds
+
+
+def test_one_rank_or_no_limit_needs_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    lifeline.begin()
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_SIZE", "2"), (lifeline.HUNG, "0")):
         monkeypatch.setenv(name, value)
     lifeline.begin()
     assert lifeline._current is None
@@ -122,9 +130,57 @@ def test_one_machine_needs_none(monkeypatch):
         lifeline.blame(RuntimeError("Connection closed by peer"))
 
 
+def told(line: Lifeline, seconds: float, **places: str) -> str | None:
+    """The verdict of a rank whose others stay at these places, as `rank0="marks place"`, for so long."""
+    begin = line._heard
+    for beat, moment in ((1, begin), (2, begin + seconds)):
+        line._note({int(rank[-1]): f"{beat} {place}" for rank, place in places.items()}, moment, slept=False)
+    return line.lost()
+
+
+def hung_line(rank: int = 1) -> Lifeline:
+    line = Lifeline(Memory(), rank, 2, limit=1e6, hung=60.0)
+    line._hosts = {0: "host-0", 1: "host-1"}
+    return line
+
+
+def test_the_rank_that_is_behind_has_hung():
+    places = {"rank0": "7 step 3, waiting for data", "rank1": "8 step 3, exchange before it"}
+    assert told(hung_line(), 61.0, **places).startswith(
+        "rank 0 on host-0 has hung at 'step 3, waiting for data' for 61 s, while others wait at 'step 3, exchange")
+    assert told(hung_line(), 59.0, **places) is None
+    assert told(hung_line(), 61.0, rank0="8 step 3, update", rank1="8 step 3, update").startswith(
+        "all ranks have been at 'step 3, update' for 61 s: stopping")
+
+
+def test_before_the_first_step_and_while_one_moves_nothing_hangs():
+    assert told(hung_line(), 61.0, rank0="0 ", rank1="1 step 1, update") is None
+    line = hung_line()
+    assert told(line, 61.0, rank0="3 a", rank1="3 a") is not None
+    line._note({0: "3 4 b", 1: "3 3 a"}, line._heard, slept=False)
+    assert line.lost() is None
+
+
+def test_after_its_own_sleep_a_rank_starts_to_count_anew():
+    line = hung_line()
+    assert told(line, 61.0, rank0="3 a", rank1="4 b") is not None
+    line._note({0: "3 3 a", 1: "3 4 b"}, line._heard + 600, slept=True)
+    assert line.lost() is None
+
+
+def test_a_silent_rank_is_named_with_the_place_it_was_last_at():
+    line = Lifeline(Memory(), 1, 2, limit=30.0)
+    line._hosts = {0: "host-0", 1: "host-1"}
+    begin = line._heard
+    line._note({0: "5 9 step 4, update", 1: "5 9 step 4, update"}, begin, slept=False)
+    line._note({0: "5 9 step 4, update", 1: "6 9 step 4, update"}, begin + 31, slept=False)
+    assert line.lost().startswith("rank 0 on host-0 has given no sign of life for 31 s (last at 'step 4, update')")
+
+
 def test_blame_leaves_with_the_name_of_the_lost_rank(monkeypatch, capsys):
     lines, views, _ = make(2, limit=0.2)
     start(lines)
+    assert until(lambda: 1 in lines[0]._seen)
     monkeypatch.setattr(lifeline, "_current", lines[0])
     views[1].silent.set()
     with pytest.raises(SystemExit) as left:

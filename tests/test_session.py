@@ -19,6 +19,7 @@ from lexmae.config import (
 )
 from lexmae.errors import InputError
 from lexmae.model import backbone
+from lexmae.recipe import to_dict
 from lexmae.train import parts, session
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
@@ -131,6 +132,7 @@ def test_a_model_that_cannot_read_the_shards_is_refused(tiny_shards, tmp_path):
 
 
 def test_what_may_change_between_a_run_and_its_continuation(recipe):
-    learned = session._learning(recipe())
+    learned = session._learned(to_dict(recipe()))
     assert {"output", "deepspeed", "logging"}.isdisjoint(learned)
+    assert "micro_batch" not in learned["optimization"]
     assert learned["optimization"]["batch"] == 8 and learned["model"]["init"] == "scratch"

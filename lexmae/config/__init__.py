@@ -149,16 +149,20 @@ class LoggingConfig:
 
     Attributes:
         every: optimizer steps between two lines of the log.
-        checkpoint_every: optimizer steps between two checkpoints; 0 saves at the end alone.
-        keep: newest checkpoints kept.
+        checkpoint_every: optimizer steps between two checkpoints; 0 saves at the end alone. Where it is not 0, the step
+            of the best probe so far is saved too.
+        keep: newest checkpoints kept, besides that of the best probe.
+        max_skipped: steps in a row with a loss or gradient that is not finite, after which the run gives up.
     """
 
     every: int = 10
     checkpoint_every: int = 5000
     keep: int = 2
+    max_skipped: int = 10
 
     def __post_init__(self):
         require(self.every >= 1, "every: at least 1 is needed")
+        require(self.max_skipped >= 1, "max_skipped: at least 1 is needed")
         require(self.keep >= 1, "keep: at least 1 is needed")
         require(self.checkpoint_every >= 0, "checkpoint_every: cannot be negative")
 

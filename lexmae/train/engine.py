@@ -1,18 +1,17 @@
 """The training engine: DeepSpeed behind the few calls that the loop needs, and what crosses ranks.
 
-``deepspeed`` is imported here and in ``checkpoint.py``, nowhere else.
+``deepspeed`` is imported here, nowhere else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
-import pickle
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ import torch.distributed as dist
 
 from lexmae import lifeline
 from lexmae.config import OptimizationConfig
-from lexmae.errors import InputError
 from lexmae.ranks import Hosts
 from lexmae.train.hardware import Hardware
 
@@ -28,19 +26,16 @@ if not torch.cuda.is_available():  # before deepspeed chooses for itself
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: E402
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: E402
-from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
-from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 
-_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]  # in checkpoints of DeepSpeed
-_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes of a loss scaler
+_PATIENCE = datetime.timedelta(minutes=2)  # for `lifeline` to name a hung rank before torch gives up
 
 
 @dataclass(frozen=True)
 class StepReport:
     """What an optimizer step tells: the gradient norm before clipping where it is known, the loss scale, and whether
-    the update was applied."""
+    the update was applied: it is not where a gradient is not finite, on any rank."""
 
     grad_norm: float | None
     loss_scale: float
@@ -59,7 +54,9 @@ def start_processes() -> torch.device:
     else:
         # DeepSpeed's shared-memory operator serves inference alone, and would be compiled at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    wait = datetime.timedelta(seconds=lifeline.hung_limit()) + _PATIENCE
+    patience = {"timeout": max(wait, deepspeed.constants.default_pg_timeout)}
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **patience)
     lifeline.begin()
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -117,6 +114,18 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
             for (factor, is_vector), parameters in sorted(groups.items(), key=lambda item: item[0])]
 
 
+class _AdamW(torch.optim.AdamW):
+    """AdamW that leaves out an update where told so, as DeepSpeed's own optimizers do."""
+
+    overflow = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Update the weights, unless ``overflow``."""
+        if not self.overflow:
+            super().step(closure)
+
+
 class Engine:
     """A model under DeepSpeed.
 
@@ -129,13 +138,21 @@ class Engine:
 
     def __init__(self, model: torch.nn.Module, hardware: Hardware, optimization: OptimizationConfig,
                  device: torch.device, hosts: Hosts | None = None):
-        optimizer = torch.optim.AdamW(
+        kind = _AdamW if hardware.zero_stage == 0 else torch.optim.AdamW  # DeepSpeed warns of what it does not know
+        optimizer = kind(
             parameter_groups(model, optimization.weight_decay), lr=optimization.lr,
             betas=(optimization.beta1, optimization.beta2), eps=optimization.epsilon, fused=True)
         self.hardware, self.device, self.hosts = hardware, device, hosts
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(hardware.config),
                                                   dist_init_required=False)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        wrapper = self.deepspeed.optimizer
+        if hasattr(wrapper, "check_grad_overflow") and not (
+                hardware.precision == "fp32" and wrapper.compute_grad_norm):  # else the norm tells
+            wrapper.check_grad_overflow = True
+        scaler = self._scaler()
+        if hasattr(scaler, "raise_error_at_min_scale"):  # `health.Skips` has more to say
+            scaler.raise_error_at_min_scale = False
 
     @property
     def module(self) -> torch.nn.Module:
@@ -149,9 +166,11 @@ class Engine:
         """Add the gradients of one micro-batch's share of the step's loss.
 
         The shares of all micro-batches and ranks sum to the loss of the step; DeepSpeed averages over both, which is
-        undone here.
+        undone here. A share that is not finite makes every gradient not a number, so that no rank applies the step.
         """
-        self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
+        with torch.no_grad():
+            factor = torch.where(torch.isfinite(loss), float(self.world), torch.nan)
+        self.deepspeed.backward(loss * factor, scale_wrt_gas=False)
 
     def end_micro_batch(self) -> None:
         """Close a micro-batch that is not the last of its step."""
@@ -161,10 +180,13 @@ class Engine:
         """Close the last micro-batch and update the weights with learning rate ``lr``."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        own_norm = None if hasattr(self.deepspeed.optimizer, "_global_grad_norm") else self._grad_norm()
+        wrapper = self.deepspeed.optimizer
+        own_norm = None if hasattr(wrapper, "_global_grad_norm") else self._grad_norm()
+        if own_norm is not None:
+            wrapper.overflow = not bool(torch.isfinite(own_norm))
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if own_norm is None else own_norm
-        scale = getattr(self.deepspeed.optimizer, "cur_scale", getattr(self.deepspeed.optimizer, "loss_scale", 1.0))
+        scale = getattr(wrapper, "cur_scale", getattr(wrapper, "loss_scale", 1.0))
         return StepReport(None if norm is None else float(norm), float(scale), bool(self.deepspeed.was_step_applied()))
 
     def _grad_norm(self) -> torch.Tensor:
@@ -182,20 +204,32 @@ class Engine:
             self.module.train(was)
             set_rng_state(state, self.device)
 
-    def load(self, folder: Path, tag: str) -> Any:
-        """Load DeepSpeed's checkpoint; None where DeepSpeed cannot.
+    def scaler_state(self) -> dict[str, float]:
+        """What the loss scaling of fp16 has come to, as JSON values; empty in other precisions."""
+        scaler = self._scaler()
+        return {name: getattr(scaler, name) for name in _SCALER if getattr(scaler, name, None) is not None}
 
-        DeepSpeed unpickles whatever a file asks for. Here tensors, plain values and its own few classes are admitted;
-        another name, the way to run code, is refused.
+    def set_scaler_state(self, state: dict[str, float]) -> None:
+        """Restore what ``scaler_state`` gave, as far as this precision and stage have a use for it."""
+        scaler = self._scaler()
+        for name in _SCALER:
+            if getattr(scaler, name, None) is not None and name in state:
+                setattr(scaler, name, state[name])
 
-        Raises:
-            InputError: a file names something else.
-        """
-        with torch.serialization.safe_globals(_CLASSES), _forced_weights_only():
-            try:
-                return self.deepspeed.load_checkpoint(str(folder), tag=tag)[0]
-            except pickle.UnpicklingError as error:
-                raise InputError(f"holds more than tensors: {' '.join(str(error).split())[:300]}", folder) from error
+    def _scaler(self) -> Any:
+        wrapper = self.deepspeed.optimizer
+        return getattr(wrapper, "loss_scale_config", getattr(wrapper, "loss_scaler", None)) if (
+            self.hardware.precision == "fp16") else None
+
+    def gather_texts(self, text: str) -> list[str]:
+        """A short text of every rank, in the order of the ranks; the first 400 bytes of each."""
+        if self.world == 1:
+            return [text]
+        own = torch.zeros(1, 400, dtype=torch.uint8)
+        data = text.encode()[:own.shape[1]]
+        own[0, :len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+        rows = gather(own.to(self.device)).cpu()
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum over the ranks, in place."""
@@ -223,19 +257,6 @@ class Engine:
         persistent = module.state_dict().keys()
         state |= {name: buffer.detach().cpu().clone() for name, buffer in module.named_buffers() if name in persistent}
         return state if self.rank == 0 else {}
-
-
-@contextlib.contextmanager
-def _forced_weights_only() -> Iterator[None]:
-    """``torch.load`` unpickles nothing but tensors and admitted classes, whatever its caller says."""
-    before = os.environ.get(_WEIGHTS_ONLY)
-    os.environ[_WEIGHTS_ONLY] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[_WEIGHTS_ONLY]
-        if before is not None:
-            os.environ[_WEIGHTS_ONLY] = before
 
 
 def _is_split(parameter: torch.nn.Parameter) -> bool:

@@ -47,6 +47,11 @@ class Hardware:
         """``fp16``, ``bf16`` or ``fp32``."""
         return next((name for name in ("fp16", "bf16") if self.config.get(name, {}).get("enabled")), "fp32")
 
+    @property
+    def lowest_scale(self) -> float:
+        """The smallest loss scale of fp16."""
+        return float(self.config.get("fp16", {}).get("min_loss_scale", 1))
+
 
 def find(name: str) -> Path:
     """A configuration by path, or by its path relative to the project that this file belongs to."""

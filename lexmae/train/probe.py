@@ -171,10 +171,11 @@ class Probe:
         started = time.perf_counter()
         with self.engine.evaluating():
             figures = self._measure()
-        if figures["probe_mrr_10"] > self.best:
+        improved = figures["probe_mrr_10"] > self.best
+        if improved:
             self.best = figures["probe_mrr_10"]
             self.keep(step, figures)
-        return {**figures, "probe_seconds": time.perf_counter() - started}
+        return {**figures, "probe_improved": improved, "probe_seconds": time.perf_counter() - started}
 
     def _measure(self) -> dict[str, float]:
         chosen, terms = self.selection, self.shards.vocab_size

@@ -14,7 +14,7 @@ from lexmae import artifact, lifeline, recipe
 from lexmae.cli import say
 from lexmae.config import FinetuneRecipe, PretrainRecipe, RerankRecipe
 from lexmae.data.shards import Shards
-from lexmae.errors import InputError
+from lexmae.errors import InputError, Preempted
 from lexmae.model import card, reranker
 from lexmae.model.encoder import save_masked_lm
 from lexmae.model.static_queries import save_table
@@ -63,46 +63,48 @@ def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | 
 
 
 def ready(config: PretrainRecipe | FinetuneRecipe | RerankRecipe,
-          resume: str | None = None) -> tuple[Hardware, Path | None]:
-    """``check``, and the checkpoint to continue from, which must fit the recipe.
+          resume: str | None = None) -> tuple[Hardware, list[Path]]:
+    """``check``, and the checkpoints to continue from, the first choice first, which must fit the recipe.
 
     Raises:
         InputError: as ``check``; or the checkpoint does not exist, or is another recipe's.
     """
     spread, output = check(config, resume), Path(config.output)
     if not resume or artifact.exists(output / "model"):
-        return spread, None
+        return spread, []
     from lexmae.train import checkpoint
 
-    chosen = checkpoint.choose(output / "checkpoints", resume)
-    if chosen:
-        checkpoint.refuse_mismatch(chosen, _learning(config), spread.world, spread.zero_stage)
-    return spread, chosen
+    found = checkpoint.candidates(output / "checkpoints", resume)
+    checkpoint.refuse_mismatch(found, _learned(recipe.to_dict(config)))
+    return spread, found
 
 
 def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | None = None) -> None:
     """Train as the recipe says and write ``output/model``; every rank calls it.
 
     Args:
-        resume: ``auto`` continues from the newest checkpoint if there is one; a step or a path names one.
+        resume: ``auto`` continues from the newest undamaged checkpoint if there are any; a step or a path names one.
+
+    Raises:
+        RunError: the run cannot go on, or was asked to stop (``Preempted``).
     """
-    spread, chosen = ready(config, resume)
+    spread, found = ready(config, resume)
     output = Path(config.output)
     if artifact.exists(output / "model") and not several_hosts():
         return _finished(output)
-    from lexmae.train import checkpoint, engine, loop  # deepspeed takes many seconds to import
+    from lexmae.train import checkpoint, engine, health, loop  # deepspeed takes many seconds to import
 
-    learned = _learning(config)
+    learned = _learned(recipe.to_dict(config))
     device = engine.start_processes()
     try:
         hosts = Hosts(output)
         if hosts.agree(artifact.exists(output / "model")):  # a host apart has none in any case
             return _finished(output)
-        chosen = checkpoint.fetch(hosts, chosen)
+        chosen = checkpoint.settle(hosts, found)
         engine.on_rank_zero(lambda: _open_output(output, config))
         shards = Shards.open(config.data)
         hosts.refuse_difference(**_flat("recipe", learned), shards=shards.manifest.fingerprint,
-                                **_flat("DeepSpeed configuration", spread.config))
+                                **_flat("DeepSpeed configuration", spread.config), micro_batch=spread.micro_batch)
         torch.manual_seed(config.optimization.seed)
         reranking = isinstance(config, RerankRecipe)
         lm = rerank.build_scorer(config, shards) if reranking else parts.build_lm(config.model, shards)
@@ -113,16 +115,20 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
         run_engine = engine.Engine(model, spread, config.optimization, device, hosts)
         total = schedules.total_steps(config.optimization, data.size)
         _announce(config, spread, model, total, data.size, run_engine.world)
-        start, state = checkpoint.load(run_engine, chosen) if chosen else (0, {})
-        objective.load_state_dict(state)
+        resumed = checkpoint.load(run_engine, chosen) if chosen else checkpoint.Resumed()
+        objective.load_state_dict(resumed.facts.get("objective", {}))
         export = functools.partial(_export, run_engine, engine.on_rank_zero, lm, getattr(model, "query_encoder", None),
                                    config, shards)
         probing = {}
         if not reranking and config.probe.every:
             probing["probe"] = _probe(config, shards, objective, run_engine, engine, total, bool(chosen), export)
+        lexicon = health.watch_lexicon(config, shards.vocab_size, total, resumed.facts.get("said", ()))
         loop.train(loop.Run(run_engine, objective, data, config.optimization, config.logging, total, output, learned,
-                            **probing), start)
+                            examples=health.example_ids(data), lexicon=lexicon, **probing), resumed)
+        lifeline.at("writing the model")
         export("model", total)
+    except Preempted:
+        raise
     except Exception as error:
         lifeline.blame(error)
     finally:
@@ -153,13 +159,15 @@ def _probe(config: Any, shards: Shards, objective: Any, run_engine: Any, engine:
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a composed recipe on which the figures of its probes depend, as a manifest gives it back."""
+    return json.loads(json.dumps({**_learned(config), "probe": {**config["probe"], "every": None}}))
+
+
+def _learned(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a composed recipe that a continued run must share with its beginning: without what belongs to the
+    machine."""
     learned = {key: value for key, value in config.items() if key not in _WHERE_ONLY}
-    return json.loads(json.dumps({**learned, "probe": {**config["probe"], "every": None}}))
-
-
-def _learning(config: Any) -> dict[str, Any]:
-    """The part of a recipe that a continued run must share with its beginning."""
-    return {key: value for key, value in recipe.to_dict(config).items() if key not in _WHERE_ONLY}
+    learned["optimization"] = {key: value for key, value in learned["optimization"].items() if key != "micro_batch"}
+    return learned
 
 
 def _flat(name: str, values: Any) -> dict[str, Any]:
