@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -17,6 +19,10 @@ from lexmae.errors import InputError
 _LAUNCHERS = [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
                "OMPI_COMM_WORLD_LOCAL_SIZE", ""),
               ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "", "SLURM_NNODES")]
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NO_ROOM = os.strerror(errno.ENOSPC)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -41,16 +47,31 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoRet
     except InputError as error:
         _complain(str(error))
         code = 2
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        _complain(f"{error.filename or ''}: {error.strerror or error}")
-        code = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Exception as error:
+        reason = _of_the_system(error)
+        if reason is None:
+            raise
+        _complain(reason)
+        code = 2
     _leave(code or 0)
+
+
+def _of_the_system(error: Exception) -> str | None:
+    """What files and disks refuse, in one line: no such file, no permission, no room; None for other errors."""
+    named = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+    if isinstance(error, named) or isinstance(error, OSError) and error.errno in _DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{os.strerror(error.errno) if error.errno in _DISK else error.strerror or error}"
+    text = str(error)
+    if _NO_ROOM in text or isinstance(error, OSError) and re.search(r"requested and \d+ written", text):
+        return f"{_NO_ROOM}; what was unfinished is not there under its name"  # of other libraries, numpy
+    return None
 
 
 def _adopt_launcher() -> None:

@@ -37,7 +37,8 @@ NAMES = """beir:corpus.jsonl beir:queries.jsonl beir:qrels/train.tsv marco:colle
     ds_config.json manifest.json shards:manifest.json shards:docs-00000.arrow shards:lookup-docs.arrow
     shards:vocabulary.json shards:word_starts.npy shards:qrels/train.tsv shards:queries-train-00000.arrow
     draws:manifest.json draws:source0-ends.npy draws:source0-rows.npy draws:trained-ends.npy vectors:manifest.json
-    vectors:vocabulary.json vectors:part-00000-00000.arrow""".split()
+    vectors:vocabulary.json vectors:part-00000-00000.arrow
+    dense:manifest.json dense:ids.arrow dense:matrix.npy""".split()
 _PIECES = st.one_of(st.binary(max_size=12), st.sampled_from([
     b"\n", b"\t", b"{", b"[", b'"', b"null", b"1e999", b"-1", b"9" * 20, b"\xff\xff\xff\x7f", b"\x00" * 8, b"../../x",
     b"*a", b"&a ", b"\\ud800", b"true", b"\x1f\x8b", b"[" * 2000]))
