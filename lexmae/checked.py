@@ -100,7 +100,7 @@ def check_header(path: str | Path) -> None:
         if path.suffix == ".arrow":
             file.seek(max(0, size - len(_ARROW)))
             if not head.startswith(_ARROW) or file.read() != _ARROW:
-                raise InputError("not a complete Arrow file", path)
+                raise InputError("not an Arrow file, or not a complete one", path)
         elif path.suffix == ".npy":
             found = _npy_header(path)
             kind = re.fullmatch(rb"[<>|=]?[biufc]([0-9]+)", found["type"])

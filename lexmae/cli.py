@@ -71,6 +71,8 @@ def _of_the_system(error: Exception) -> str | None:
     text = str(error)
     if _NO_ROOM in text or isinstance(error, OSError) and re.search(r"requested and \d+ written", text):
         return f"{_NO_ROOM}; what was unfinished is not there under its name"  # of other libraries, numpy
+    if "inline_container" in text and re.search(r"unexpected pos|failed writing", text):  # torch.save
+        return "a file could not be written whole; is the disk full? The same command goes on from what is finished"
     return None
 
 
@@ -109,6 +111,8 @@ def _complain(reason: str) -> None:
 
     On several machines each may have a fault of its own: those without rank 0 say their name.
     """
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # so that the line has one of its own
     if is_main_rank():
         print(f"error: {reason}", file=sys.stderr)
     elif os.environ.get("LOCAL_RANK") == "0":

@@ -83,20 +83,19 @@ def _take(file: Path, path: str | Path) -> int | None:
         handle = os.open(file, _FLAGS, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _has_name(handle, file):
-                os.truncate(handle, 0)
-                os.pwrite(handle, _signature().encode(), 0)
-                return handle
         except BlockingIOError:
             holder = os.pread(handle, 1000, 0).decode("utf-8", "replace").strip() or "another process"
             os.close(handle)
             raise InputError(f"is being written by {holder}; wait for it, or choose another output", path) from None
         except OSError as error:
             os.close(handle)
-            if error.filename:  # not of the lock
-                raise
             say(f"warning: {file}: no lock ({error.strerror}); two commands that write {path} are not kept apart")
             return None
+        if _has_name(handle, file):
+            os.truncate(handle, 0)
+            with contextlib.suppress(OSError):  # on a full disk it names nobody
+                os.pwrite(handle, _signature().encode(), 0)
+            return handle
         os.close(handle)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -44,6 +45,33 @@ def test_a_missing_file_is_named_in_one_line(tmp_path, capsys):
 
     code, lines = outcome(main, capsys)
     assert code == 2 and lines == [f"error: {tmp_path / 'absent.txt'}: No such file or directory"]
+
+
+@pytest.mark.parametrize("error, text", [
+    (OSError(errno.ENOSPC, "No space left on device", "folder/x"), "folder/x: No space left on device"),
+    (OSError(errno.EROFS, "Read-only file system", "folder/x"), "folder/x: Read-only file system"),
+    (OSError("8 requested and 0 written"), "No space left on device; what was unfinished is not there under its name"),
+    (RuntimeError("I/O error: No space left on device (os error 28)"),
+     "No space left on device; what was unfinished is not there under its name"),
+    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 25152 vs 25046"),
+     "a file could not be written whole; is the disk full? The same command goes on from what is finished"),
+], ids=["full", "read-only", "numpy", "safetensors", "torch"])
+def test_a_full_disk_is_one_line(error, text, capsys):
+    assert outcome(failing(error), capsys) == (2, [f"error: {text}"])
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), RuntimeError("inline_container: other")])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        cli.run(failing(error), [])
+
+
+def test_a_bar_ends_before_the_line(capsys):
+    def main(argv):
+        for _ in cli.progress(range(9), desc="work"):
+            raise InputError("is odd")
+
+    assert outcome(main, capsys)[1][-1] == "error: is odd"
 
 
 def test_other_ranks_fail_in_silence(monkeypatch, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from launching import run
+from launching import reseal, run
 
 from lexmae import artifact, cli, verification
 from lexmae.config import NegativesConfig
@@ -139,10 +139,7 @@ def test_tokens_out_of_the_vocabulary_are_found_by_full(made, monkeypatch):
     table = table.set_column(1, table.schema.field("tokens"), column).combine_chunks()
     with pa.OSFile(str(file), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
         writer.write_table(table)
-    record = json.loads((path / artifact.MANIFEST).read_text(encoding="utf-8"))
-    record["files"][file.name], record["sizes"][file.name] = artifact.checksum(file), file.stat().st_size
-    record["fingerprint"] = artifact.fingerprint(record["files"])
-    (path / artifact.MANIFEST).write_text(artifact.signed(record), encoding="utf-8")
+    reseal(path)
     reader(path)
     monkeypatch.setenv(verification.VARIABLE, "full")
     with pytest.raises(InputError, match=r"document 'd19' holds the token 5000, but the vocabulary has \d+ entries"):

@@ -108,7 +108,7 @@ class Shards:
         ours, theirs = self.manifest.extra, verification.opened(model).extra
         if theirs["tokenizer_hash"] != ours["tokenizer_hash"]:
             raise InputError(f"was trained with another tokenizer ({theirs['tokenizer_hash'][:16]}…, "
-                             f"{theirs['vocab_size']} tokens) than that of {self.path} "
+                             f"{theirs.get('vocab_size', '?')} tokens) than that of {self.path} "
                              f"({ours['tokenizer_hash'][:16]}…, {self.vocab_size} tokens)", model)
         return manifest
 

@@ -116,8 +116,8 @@ class Service:
             how = vectors.vocabularies_differ(known, theirs)
             raise InputError(f"has another tokenizer than the model that encoded the documents: {how} there", model)
         if own != made_with:
-            raise InputError(f"has another tokenizer ({own[:16]}…) than the model that encoded the documents "
-                             f"({str(made_with)[:16]}…)", model)
+            raise InputError("has another tokenizer than the model that encoded the documents: "
+                             f"{own[:16]}… here, {str(made_with)[:16]}… there", model)
 
     def close(self) -> None:
         """Remove what lies on disk."""

@@ -118,7 +118,8 @@ def _read(index: Path) -> artifact.Manifest:
 
 def _check_same_encoder(manifest: artifact.Manifest, new: StoredVectors, path: str | Path) -> None:
     if new.vocabulary != read_vocabulary(manifest.path):
-        raise InputError(f"{vocabularies_differ(new.vocabulary, read_vocabulary(manifest.path))} in {manifest.path}",
+        raise InputError("the vocabulary differs: "
+                         f"{vocabularies_differ(new.vocabulary, read_vocabulary(manifest.path))} in {manifest.path}",
                          path)
     made = manifest.extra.get("vectors", {})
     for key in ("tokenizer_hash", "scale", "max_length"):

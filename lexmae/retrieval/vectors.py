@@ -259,9 +259,11 @@ def read_batches(path: str | Path) -> list[tuple[pa.Array, Csr]]:
         with pa.ipc.open_file(pa.memory_map(str(path))) as table:
             foreign = [table.get_batch(i) for i in range(table.num_record_batches)] \
                 if table.schema.types != _SCHEMA.types or table.schema.names != _SCHEMA.names else []
+            for batch in foreign:
+                batch.validate(full=True)
     except FileNotFoundError:
         raise
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise InputError(f"not an Arrow file, or a damaged one: {' '.join(str(error).split())}", path) from error
     for batch in foreign:  # of other programs: said more exactly than below
         checks.check_batch(batch, _SCHEMA, path)
@@ -304,7 +306,7 @@ def read_vocabulary(folder: str | Path) -> list[str]:
 def vocabularies_differ(here: Sequence[str], there: Sequence[str]) -> str:
     """How two vocabularies that are not equal differ, with both values, to be followed by a place for the second."""
     if len(here) != len(there):
-        return f"the vocabulary has {len(here)} tokens, but {len(there)}"
+        return f"it has {len(here)} tokens, but {len(there)}"
     differing = [i for i, (one, other) in enumerate(zip(here, there, strict=True)) if one != other]
     first = differing[0]
     return f"token {first} is {here[first]!r} ({len(differing)} of {len(here)} differ), but {there[first]!r}"
