@@ -66,6 +66,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
                  "split": config.split, "top_k": config.top_k, "precision": name, "block": BLOCK}
         partial, there = blocks.open_partial(output, state, hosts)
         encoder = SparseEncoder.load(model, side=config.side).to(device).eval()
+        vocabularies.refuse_longer_texts(encoder, table, model)
         own = blocks.own(len(table), BLOCK, rank, world)
         missing = blocks.missing(own, there, lambda block: vectors.part_name(0, block))
         start = time.perf_counter()

@@ -50,6 +50,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
                  "split": config.split, "representation": representation, "precision": name, "block": sparse.BLOCK}
         partial, there = blocks.open_partial(output, state, hosts)
         encoder = DenseEncoder.load(model, representation).to(device).eval()
+        vocabularies.refuse_longer_texts(encoder, table, model)
         own = blocks.own(len(table), sparse.BLOCK, rank, world)
         missing = blocks.missing(own, there, part_name)
         _encode_blocks(encoder, opened, table, missing, partial, config, blocks.PRECISIONS[name], device)

@@ -11,9 +11,9 @@ from typing import Any
 from lexmae import artifact
 from lexmae.cli import say
 from lexmae.data import tokenizer as tokenizers
-from lexmae.data.shards import Shards
+from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
-from lexmae.model import foreign
+from lexmae.model import backbone, foreign
 
 _LENGTH = {"docs": "max_length", "queries": "query_length"}
 
@@ -53,3 +53,11 @@ def warn_of_other_length(model: artifact.Manifest, shards: Shards, side: str) ->
     trained, here = model.extra.get(name), shards.manifest.extra.get(name)
     if trained is not None and trained != here:
         say(f"warning: {model.path} was trained with {name} {trained}, {shards.path} has {here}")
+
+
+def refuse_longer_texts(encoder: Any, table: TokenTable, model: str | Path) -> None:
+    """InputError where a text is longer than the positions of the encoder's backbone; a static encoder has none."""
+    if hasattr(encoder, "lm"):
+        reads, longest = backbone.max_length(encoder.lm), int(table.lengths.max(initial=0))
+        if longest > reads:
+            raise InputError(f"reads {reads} tokens, {table.folder} holds texts of up to {longest}", model)
