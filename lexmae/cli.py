@@ -21,7 +21,8 @@ _LAUNCHERS = [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_
               ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "", "SLURM_NNODES")]
 
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk
+_WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 _NO_ROOM = os.strerror(errno.ENOSPC)
 
 
@@ -40,7 +41,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoReturn:
-    """Run a command's ``main(argv)`` and exit: 0, its own code, 2 for bad input, 130 for Ctrl-C."""
+    """Run a command's ``main(argv)`` and exit: 0, its own code, 1 for a full disk, 2 for bad input, 130 for Ctrl-C."""
     _adopt_launcher()
     try:
         code = main(argv)
@@ -54,25 +55,27 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoRet
         print("interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
-        reason = _of_the_system(error)
-        if reason is None:
+        found = _of_the_system(error)
+        if found is None:
             raise
+        code, reason = found
         _complain(reason)
-        code = 2
     _leave(code or 0)
 
 
-def _of_the_system(error: Exception) -> str | None:
-    """What files and disks refuse, in one line: no such file, no permission, no room; None for other errors."""
-    named = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-    if isinstance(error, named) or isinstance(error, OSError) and error.errno in _DISK:
+def _of_the_system(error: Exception) -> tuple[int, str] | None:
+    """Exit code and line for what files and disks refuse: 2 for a path that is wrong, 1 where there is no room."""
+    if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{os.strerror(error.errno) if error.errno in _DISK else error.strerror or error}"
+        if error.errno in _FULL:
+            return 1, f"{where}{_NO_ROOM}"
+        if error.errno == errno.EROFS or isinstance(error, _WRONG_PATH):
+            return 2, f"{where}{error.strerror or error}"
     text = str(error)
     if _NO_ROOM in text or isinstance(error, OSError) and re.search(r"requested and \d+ written", text):
-        return f"{_NO_ROOM}; what was unfinished is not there under its name"  # of other libraries, numpy
+        return 1, f"{_NO_ROOM}; what was unfinished is not there under its name"  # of other libraries, numpy
     if "inline_container" in text and re.search(r"unexpected pos|failed writing", text):  # torch.save
-        return "a file could not be written whole; is the disk full? The same command goes on from what is finished"
+        return 1, "a file could not be written whole; is the disk full? The same command goes on from what is finished"
     return None
 
 

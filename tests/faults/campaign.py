@@ -158,7 +158,7 @@ class Campaign:
                 self.fail(counts, f"{command.name}: {what}; a result that is not whole", done)
         except (InputError, OSError, ValueError) as error:
             self.fail(counts, f"{command.name}: {what}; {error}", done)
-        if done.code != 2 or not done.text.splitlines()[-1].startswith("error: ") or "Traceback" in done.text:
+        if done.code not in (1, 2) or not done.text.splitlines()[-1].startswith("error: ") or "Traceback" in done.text:
             counts["not said in one line"] += 1
             print(f"{command.name}: {what}: exit code {done.code}: {done.text[-300:]}", file=sys.stderr)
         self.finish(command, output, expected, counts, what)

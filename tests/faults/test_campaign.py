@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
     ["--kills", "4", "--disks", "1", "--only", "prepare", "encode", "index --add", "search"],
-    ["--kills", "0", "--disks", "0", "--corruptions", "4", "--only", "shards", "vectors", "dense", "index", "negatives", "model"]],
+    ["--kills", "0", "--disks", "0", "--corruptions", "4", "--only", "shards", "vectors", "dense", "index", "negatives",
+     "model"]],
     ids=["commands", "artifacts"])
 def test_everything_is_as_if_undisturbed(options):
     command = [sys.executable, "tests/faults/campaign.py", "--seed", "7", *options]
