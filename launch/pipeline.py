@@ -9,7 +9,7 @@ launch/, printed before it runs. A finished step is skipped as long as its comma
 
 from pathlib import Path
 
-from lexmae import cli, recipe
+from lexmae import cli, locks, recipe, verification
 from lexmae.cycle.config import PipelineRecipe
 from lexmae.errors import InputError
 
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, help="processes that train and encode (default: one for each GPU, else 1)")
     parser.add_argument("--hostfile", help="DeepSpeed hostfile, to train and encode on several machines")
     parser.add_argument("--redo", action="store_true", help="replace steps made with other settings or inputs")
+    verification.add_option(parser)
     options = parser.parse_args(argv)
 
     from lexmae.cycle import plan, report, runner
@@ -41,11 +42,13 @@ def main(argv: list[str] | None = None) -> None:
     if options.list:
         print("\n".join(f"{step.name}: {' '.join(step.command)}" for step in planned))
         return
-    run = runner.Runner(Path(config.work), ranks, options.hostfile, options.redo)
     last = names.index(options.until) if options.until else len(planned) - 1
-    for i, step in enumerate(planned[:last + 1]):
-        run.run(step, f"{i + 1}/{len(planned)}")
-    if not options.until:
+    with locks.writing(config.work):
+        run = runner.Runner(Path(config.work), ranks, options.hostfile, options.redo)
+        for i, step in enumerate(planned[:last + 1]):
+            run.run(step, f"{i + 1}/{len(planned)}")
+        if options.until:
+            return
         seconds = run.seconds(names)
         print(report.write(config, seconds))
         cli.say(f"{sum(seconds.values()) / 60:.1f} minutes in all; figures in {Path(config.work) / 'results.json'}")

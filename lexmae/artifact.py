@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lexmae import __version__
+from lexmae import __version__, locks
 from lexmae.errors import InputError
 from lexmae.renaming import fsync, replace_directory
 
@@ -55,6 +55,7 @@ class Manifest:
     Attributes:
         fingerprint: sha256 over the names and checksums of all files but DOCUMENTATION: equal content, equal
             fingerprint.
+        sizes: bytes of every file; empty in manifests of earlier versions.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Manifest:
     extra: Mapping[str, Any]
     files: Mapping[str, str]
     fingerprint: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def fact(self, name: str, kind: type, section: str = "extra") -> Any:
         """One of the facts of ``extra`` (or ``counts``), checked to be of a type.
@@ -102,21 +104,22 @@ def create(path: str | Path, kind: str, *, inputs: Mapping[str, str | Path] | No
         overwrite: replace a finished artifact of that name, at the very end.
 
     Raises:
-        InputError: ``path`` exists and ``overwrite`` is off.
+        InputError: ``path`` exists and ``overwrite`` is off, or another process writes it.
     """
     path = Path(path)
-    refuse_existing(path, overwrite)
-    draft = Draft(partial_path(path))
-    if draft.path.exists() and not keep_partial:
-        shutil.rmtree(draft.path)
-    draft.path.mkdir(parents=True, exist_ok=True)
-    try:
-        yield draft
-    except BaseException:
-        if not keep_partial:
-            shutil.rmtree(draft.path, ignore_errors=True)
-        raise
-    seal(draft, path, kind, inputs=inputs, config=config)
+    with locks.writing(path):
+        refuse_existing(path, overwrite)
+        draft = Draft(partial_path(path))
+        if draft.path.exists() and not keep_partial:
+            shutil.rmtree(draft.path)
+        draft.path.mkdir(parents=True, exist_ok=True)
+        try:
+            yield draft
+        except BaseException:
+            if not keep_partial:
+                shutil.rmtree(draft.path, ignore_errors=True)
+            raise
+        seal(draft, path, kind, inputs=inputs, config=config)
 
 
 def refuse_existing(path: Path, overwrite: bool = False) -> None:
@@ -140,10 +143,10 @@ def seal(draft: Draft, path: str | Path, kind: str, *, inputs: Mapping[str, str 
     files = {name: draft.known.get(name) or checksum(p) for name, p in names.items()}
     record = {"lexmae": __version__, "format": FORMAT, "kind": kind, "inputs": _describe_inputs(inputs or {}),
               "config": dict(config or {}), "counts": draft.counts, "extra": draft.extra, "files": files,
-              "fingerprint": _fingerprint(files), "versions": versions()}
-    with open(draft.path / MANIFEST, "w", encoding="utf-8") as out:
-        json.dump(record, out, indent=1, ensure_ascii=False)
-        out.write("\n")
+              "sizes": {name: p.stat().st_size for name, p in names.items()}, "fingerprint": fingerprint(files),
+              "versions": versions()}
+    with open(draft.path / MANIFEST, "w", encoding="utf-8", newline="\n") as out:
+        out.write(signed(record))
     for file in [*files, MANIFEST]:
         fsync(draft.path / file)
     replace_directory(draft.path, path)
@@ -164,7 +167,7 @@ def read(path: str | Path, kind: str | None = None) -> Manifest:
         record = json.loads(file.read_text(encoding="utf-8"))
         counts, config, extra = (_facts(record, name, file) for name in ("counts", "config", "extra"))
         manifest = Manifest(path, record["kind"], counts, config, record["inputs"], extra, record["files"],
-                            record["fingerprint"])
+                            record["fingerprint"], record.get("sizes", {}))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"not a manifest: {error}", file) from error
     _check_types(manifest, file)
@@ -189,24 +192,33 @@ def verify(path: str | Path) -> None:
 def annotate(path: str | Path, extra: Mapping[str, Any], documentation: Mapping[str, str]) -> None:
     """Change what a finished artifact says about itself; its content, and so its fingerprint, stays.
 
-    Each file is replaced as a whole. Stopped between two, `verify` names the file; doing it again repairs that.
+    Each file is replaced as a whole. Stopped between two, verification names the file; doing it again repairs that.
 
     Args:
         extra: further or other facts for the manifest.
         documentation: names among DOCUMENTATION → texts.
     """
-    path = read(path).path
-    record = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    record["extra"].update(extra)
-    for name, text in documentation.items():
-        if name not in DOCUMENTATION:
-            raise ValueError(f"{name} is content, not documentation")
-        with atomic_file(path / name) as out:
-            out.write(text)
-        record["files"][name] = checksum(path / name)
-    with atomic_file(path / MANIFEST) as out:
-        json.dump(record, out, indent=1, ensure_ascii=False)
-        out.write("\n")
+    path = Path(path)
+    with locks.writing(path):
+        read(path)
+        record = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        record["extra"].update(extra)
+        for name, text in documentation.items():
+            if name not in DOCUMENTATION:
+                raise ValueError(f"{name} is content, not documentation")
+            with atomic_file(path / name) as out:
+                out.write(text)
+            record["files"][name] = checksum(path / name)
+        record["sizes"] = {name: (path / name).stat().st_size for name in record["files"]}
+        with atomic_file(path / MANIFEST) as out:
+            out.write(signed(record))
+
+
+def signed(record: Mapping[str, Any]) -> str:
+    """The text of a manifest; its first entry is the checksum of the text with zeros in that place."""
+    blank = {"checksum": "0" * 64}
+    text = json.dumps(blank | {k: v for k, v in record.items() if k != "checksum"}, indent=1, ensure_ascii=False) + "\n"
+    return text.replace("0" * 64, hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), 1)
 
 
 def inside(folder: str | Path, name: str) -> Path:
@@ -272,7 +284,7 @@ def _facts(record: Mapping[str, Any], section: str, file: Path) -> Any:
 
 
 def _check_types(manifest: Manifest, file: Path) -> None:
-    for name in ("counts", "config", "inputs", "extra", "files"):
+    for name in ("counts", "config", "inputs", "extra", "files", "sizes"):
         if not isinstance(getattr(manifest, name), Mapping):
             raise InputError(f"not a manifest: {name} is not an object", file)
     for name in ("kind", "fingerprint"):
@@ -303,7 +315,8 @@ def _describe_inputs(inputs: Mapping[str, str | Path]) -> dict[str, dict[str, st
     return described
 
 
-def _fingerprint(files: Mapping[str, str]) -> str:
+def fingerprint(files: Mapping[str, str]) -> str:
+    """What a manifest gives as fingerprint for these checksums by name."""
     lines = [f"{name} {digest}" for name, digest in sorted(files.items()) if name not in DOCUMENTATION]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

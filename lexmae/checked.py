@@ -18,6 +18,8 @@ _HEADER = 1 << 12  # bytes; numpy writes 128
 _NPY = re.compile(rb"\x93NUMPY(?:\x01\x00..|[\x02\x03]\x00....)\{'descr': '(?P<type>[<>|=]?\w{1,8})', "
                   rb"'fortran_order': False, 'shape': \((?P<shape>(?:[0-9]{1,18},? ?){0,8})\), \} *\n", re.DOTALL)
 
+_ARROW = b"ARROW1"
+
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
@@ -58,14 +60,10 @@ def read_array(path: str | Path, dtype: np.dtype | type | str, ndim: int = 1) ->
 
     path, kind = Path(path), np.dtype(dtype)
     try:
-        with open(path, "rb") as file:
-            head = file.read(_HEADER)
+        found = _npy_header(path)
     except FileNotFoundError:
         raise InputError("is missing", path) from None
-    found = re.match(_NPY, head)
-    if not found:
-        raise InputError("not an array in C order", path)
-    shape = tuple(int(size) for size in re.findall(rb"[0-9]+", found["shape"]))
+    shape = _shape(found)
     if found["type"].decode() != kind.str or len(shape) != ndim:
         raise InputError(f"holds {found['type'].decode()} in {len(shape)} axes, {kind.str} in {ndim} is needed", path)
     if kind.hasobject:
@@ -75,6 +73,53 @@ def read_array(path: str | Path, dtype: np.dtype | type | str, ndim: int = 1) ->
     if 0 in shape:  # nothing to map
         return np.zeros(shape, kind)
     return np.asarray(np.memmap(path, kind, "r", found.end(), shape)).view(np.ndarray)
+
+
+def _npy_header(path: Path) -> re.Match[bytes]:
+    with open(path, "rb") as file:
+        found = re.match(_NPY, file.read(_HEADER))
+    if not found:
+        raise InputError("not an array in C order", path)
+    return found
+
+
+def _shape(header: re.Match[bytes]) -> tuple[int, ...]:
+    return tuple(int(size) for size in re.findall(rb"[0-9]+", header["shape"]))
+
+
+def check_header(path: str | Path) -> None:
+    """Whether an array, Arrow or safetensors file begins and ends as its kind does; nothing for other files.
+
+    Raises:
+        InputError: it does not.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(8)
+        if path.suffix == ".arrow":
+            file.seek(max(0, size - len(_ARROW)))
+            if not head.startswith(_ARROW) or file.read() != _ARROW:
+                raise InputError("not an Arrow file, or not a complete one", path)
+        elif path.suffix == ".npy":
+            found = _npy_header(path)
+            kind = re.fullmatch(rb"[<>|=]?[biufc]([0-9]+)", found["type"])
+            length = math.prod(_shape(found)) * int(kind[1]) if kind else size - found.end()
+            if size != found.end() + length:
+                raise InputError(f"is not as long as an array of {_shape(found)} should be", path)
+        elif path.suffix == ".safetensors":
+            _check_safetensors(head, file.read(min(size, int.from_bytes(head, "little"))), size, path)
+
+
+def _check_safetensors(head: bytes, table: bytes, size: int, path: Path) -> None:
+    try:
+        entries = json.loads(table)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        whole = len(head) + len(table) + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise InputError("not a safetensors file, or a damaged one", path) from error
+    if whole != size:
+        raise InputError("is not as long as its tensors should be", path)
 
 
 def read_arrow(path: str | Path, *schemas: pa.Schema) -> list[pa.RecordBatch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -19,6 +20,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk
 _LAUNCHERS = [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
                "OMPI_COMM_WORLD_LOCAL_SIZE", ""),
               ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "", "SLURM_NNODES")]
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk
+_WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_NO_ROOM = os.strerror(errno.ENOSPC)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -36,8 +42,8 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoReturn:
-    """Run a command's ``main(argv)`` and exit: 0, its own code, 1 where it cannot go on, 2 for bad input, 75 for a run
-    that was asked to stop and may be continued, 130 for Ctrl-C."""
+    """Run a command's ``main(argv)`` and exit: 0, its own code, 1 where it cannot go on (a full disk), 2 for bad input, 75
+    for a run that was asked to stop and may be continued, 130 for Ctrl-C."""
     _adopt_launcher()
     try:
         code = main(argv)
@@ -50,21 +56,35 @@ def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoRet
     except RunError as error:
         _complain(str(error))
         code = error.code
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        _complain(f"{error.filename or ''}: {error.strerror or error}")
-        code = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        _complain(f"{error.filename or 'writing'}: {error.strerror}")
-        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Exception as error:
+        found = _of_the_system(error)
+        if found is None:
+            raise
+        code, reason = found
+        _complain(reason)
     _leave(code or 0)
+
+
+def _of_the_system(error: Exception) -> tuple[int, str] | None:
+    """Exit code and line for what files and disks refuse: 2 for a path that is wrong, 1 where there is no room."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        if error.errno in _FULL:
+            return 1, f"{where or 'writing: '}{error.strerror or _NO_ROOM}"
+        if error.errno == errno.EROFS or isinstance(error, _WRONG_PATH):
+            return 2, f"{where}{error.strerror or error}"
+    text = str(error)
+    if _NO_ROOM in text or isinstance(error, OSError) and re.search(r"requested and \d+ written", text):
+        return 1, f"{_NO_ROOM}; what was unfinished is not there under its name"  # of other libraries, numpy
+    if "inline_container" in text and re.search(r"unexpected pos|failed writing", text):  # torch.save
+        return 1, "a file could not be written whole; is the disk full? The same command goes on from what is finished"
+    return None
 
 
 def _adopt_launcher() -> None:
@@ -102,6 +122,8 @@ def _complain(reason: str) -> None:
 
     On several machines each may have a fault of its own: those without rank 0 say their name.
     """
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # so that the line has one of its own
     if is_main_rank():
         print(f"error: {reason}", file=sys.stderr)
     elif os.environ.get("LOCAL_RANK") == "0":

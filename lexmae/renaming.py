@@ -1,4 +1,4 @@
-"""Giving a directory its final name, so that there is no moment with half of one."""
+"""Files and directories on disk: flushed, with room reserved, and named in one step, never half of one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def reserve(path: Path) -> None:
+    """Give a file that was made longer without writing (a new memory map) its room on the disk.
+
+    Otherwise a full disk is found by writing into the map, which kills the process. OSError where there is no room.
+    """
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.posix_fallocate(handle, 0, os.fstat(handle).st_size)
     finally:
         os.close(handle)
 

@@ -7,8 +7,11 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+
+from lexmae import artifact
 
 ROOT = Path(__file__).parents[1]
 TINY = {"init": "scratch", "size": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -34,6 +37,18 @@ def environment() -> dict[str, str]:
     """What the commands are started with: one thread, no GPU, the scripts of this installation."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def reseal(folder: Path, change: Callable[[dict], object] = lambda record: None) -> None:
+    """Make a manifest right for the files that are there, after ``change`` of what it says: as if written so."""
+    record = json.loads((folder / artifact.MANIFEST).read_text(encoding="utf-8"))
+    names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+    names.remove(artifact.MANIFEST)
+    record["files"] = {name: artifact.checksum(folder / name) for name in names}
+    record["sizes"] = {name: (folder / name).stat().st_size for name in names}
+    record["fingerprint"] = artifact.fingerprint(record["files"])
+    change(record)
+    (folder / artifact.MANIFEST).write_text(artifact.signed(record), encoding="utf-8")
 
 
 def free_port() -> int:

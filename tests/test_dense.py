@@ -11,7 +11,7 @@ import pytest
 import torch
 from threads import thread_hosts
 
-from lexmae import artifact
+from lexmae import artifact, verification
 from lexmae.errors import InputError
 from lexmae.model.dense import DenseEncoder
 from lexmae.retrieval import blocks, dense, encode, encode_dense
@@ -115,16 +115,17 @@ def test_round_trip_and_subset(tmp_path):
 
 
 @pytest.mark.parametrize(("damage", "reason"), [
-    (lambda v: (v / dense.MATRIX).write_bytes((v / dense.MATRIX).read_bytes()[:-5]), "damaged"),
-    (lambda v: (v / dense.MATRIX).write_bytes(b"nothing"), "not a .npy file"),
+    (lambda v: (v / dense.MATRIX).write_bytes((v / dense.MATRIX).read_bytes()[:-5]), "is not as long as an array of"),
+    (lambda v: (v / dense.MATRIX).write_bytes(b"nothing"), "not an array in C order"),
     (lambda v: (v / dense.MATRIX).unlink(), "is missing"),
-    (lambda v: (v / dense.IDS).write_bytes(b"nothing"), "not an Arrow file of ids"),
+    (lambda v: (v / dense.IDS).write_bytes(b"nothing"), "not a complete Arrow file"),
     (lambda v: (v / dense.IDS).unlink(), "is missing"),
-    (lambda v: np.save(v / dense.MATRIX, np.zeros((3, 2))), "a float32 matrix is needed"),
+    (lambda v: np.save(v / dense.MATRIX, np.zeros((3, 2))), "holds <f8 in 2 axes, <f4 in 2 is needed"),
     (lambda v: np.save(v / dense.MATRIX, np.zeros((2, 2), np.float32)), "2 rows for 3 ids"),
     (lambda v: np.save(v / dense.MATRIX, np.array([[1, 2], [3, np.nan], [1, 1]], np.float32)), "vector of 'b'"),
     (lambda v: dense.write_ids(v / dense.IDS, ["a", "a", "b"]), "more than once")])
-def test_what_is_damaged_is_refused(tmp_path, damage, reason):
+def test_what_is_damaged_is_refused(tmp_path, damage, reason, monkeypatch):
+    monkeypatch.setenv(verification.VARIABLE, "off")
     damage(made(tmp_path))
     with pytest.raises(InputError, match=reason) as error:
         DenseVectors.open(tmp_path / "v")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import reseal
 
 from lexmae.errors import InputError
 from lexmae.retrieval import anserini, engines, exact, kernels, segments
@@ -56,6 +57,7 @@ def test_compiled_kernels_equal_brute_force(tmp_path, scale):
 def test_an_index_of_the_older_layout_is_refused(tmp_path):
     engines.build(vectors(20, 6, "d"), "exact", tmp_path / "i")
     (tmp_path / "i" / "segment-0000").rename(tmp_path / "i" / "other")
+    reseal(tmp_path / "i")
     with pytest.raises(InputError, match="made by an older version; index the vectors again"):
         engines.open_index(tmp_path / "i")
 
@@ -369,5 +371,6 @@ def test_a_damaged_index_is_refused(tmp_path, engine, package, file):
     pytest.importorskip(package)
     engines.build(dense_vectors(50, 1, "d") if engine == "faiss" else vectors(50, 1, "d"), engine, tmp_path / "i")
     (tmp_path / "i" / file).write_bytes((tmp_path / "i" / file).read_bytes()[:40])
+    reseal(tmp_path / "i")
     with pytest.raises(InputError, match="cannot read it"):
         engines.open_index(tmp_path / "i")

@@ -58,6 +58,34 @@ def test_how_a_run_ends_early(error, code, line, capsys):
     assert outcome(failing(error), capsys) == (code, [line])
 
 
+@pytest.mark.parametrize("error, text", [
+    (OSError(errno.ENOSPC, "No space left on device", "folder/x"), "folder/x: No space left on device"),
+    (OSError(errno.EROFS, "Read-only file system", "folder/x"), "folder/x: Read-only file system"),
+    (OSError("8 requested and 0 written"), "No space left on device; what was unfinished is not there under its name"),
+    (RuntimeError("I/O error: No space left on device (os error 28)"),
+     "No space left on device; what was unfinished is not there under its name"),
+    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 25152 vs 25046"),
+     "a file could not be written whole; is the disk full? The same command goes on from what is finished"),
+], ids=["full", "read-only", "numpy", "safetensors", "torch"])
+def test_what_the_disk_refuses_is_one_line(error, text, capsys):
+    code = 2 if "Read-only" in text else 1
+    assert outcome(failing(error), capsys) == (code, [f"error: {text}"])
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), RuntimeError("inline_container: other")])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        cli.run(failing(error), [])
+
+
+def test_a_bar_ends_before_the_line(capsys):
+    def main(argv):
+        for _ in cli.progress(range(9), desc="work"):
+            raise InputError("is odd")
+
+    assert outcome(main, capsys)[1][-1] == "error: is odd"
+
+
 def test_other_ranks_fail_in_silence(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     assert outcome(failing(InputError("is odd")), capsys) == (2, [])

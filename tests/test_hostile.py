@@ -37,7 +37,8 @@ NAMES = """beir:corpus.jsonl beir:queries.jsonl beir:qrels/train.tsv marco:colle
     ds_config.json manifest.json shards:manifest.json shards:docs-00000.arrow shards:lookup-docs.arrow
     shards:vocabulary.json shards:word_starts.npy shards:qrels/train.tsv shards:queries-train-00000.arrow
     draws:manifest.json draws:source0-ends.npy draws:source0-rows.npy draws:trained-ends.npy vectors:manifest.json
-    vectors:vocabulary.json vectors:part-00000-00000.arrow""".split()
+    vectors:vocabulary.json vectors:part-00000-00000.arrow
+    dense:manifest.json dense:ids.arrow dense:matrix.npy""".split()
 _PIECES = st.one_of(st.binary(max_size=12), st.sampled_from([
     b"\n", b"\t", b"{", b"[", b'"', b"null", b"1e999", b"-1", b"9" * 20, b"\xff\xff\xff\x7f", b"\x00" * 8, b"../../x",
     b"*a", b"&a ", b"\\ud800", b"true", b"\x1f\x8b", b"[" * 2000]))
@@ -106,7 +107,8 @@ def test_names_in_manifests_stay_inside(tmp_path, name):
 
 
 @pytest.mark.parametrize("split", ["../../secret", "/etc/passwd", "tr*", "..", 7])
-def test_splits_are_names_of_files(shards_dir, tmp_path, split):
+def test_splits_are_names_of_files(shards_dir, tmp_path, split, monkeypatch):
+    monkeypatch.setenv("LEXMAE_VERIFY", "off")
     record = json.loads((shards_dir / "manifest.json").read_text(encoding="utf-8"))
     record["extra"]["splits"] = [split]
     (tmp_path / "manifest.json").write_text(json.dumps(record), encoding="utf-8")
@@ -270,3 +272,13 @@ def test_offsets(offsets, good):
     else:
         with pytest.raises(InputError, match="do not ascend from 0 to 5"):
             checked.check_offsets(array, 5, "x")
+
+
+def test_names_of_columns_that_are_no_text(targets):
+    """Found by the fuzzer: pyarrow reads such a file and fails when it is asked for the names."""
+    for name in ("vectors:part-00000-00000.arrow", "shards:docs-00000.arrow", "dense:ids.arrow"):
+        column = {"vectors": b"weights", "shards": b"tokens", "dense": b"id\0"}[name.partition(":")[0]]
+        data = targets[name].seeds[0]
+        assert column in data
+        error = targets[name].run(data.replace(column, b"\xed" + column[1:]))
+        assert error is not None and "Arrow file" in str(error)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import ROOT, environment, log, run
+from launching import ROOT, environment, log, reseal, run
 from test_launch import TINY, weights, write_recipe
 
 from lexmae import artifact
@@ -24,49 +24,65 @@ KILLS = 3
 DOCUMENTS = 9000  # three blocks of encoding
 
 
-def killed(command: list[str], seconds: float) -> bool:
-    """Start a command in a session of its own and kill all of it after so many seconds; whether it was still running.
+def killed(command: list[str], seconds: float) -> float | None:
+    """Start a command in a session of its own and kill all of it after so many seconds.
 
-    Fails where the command ended by itself with an error.
+    Returns None where it was still running, else the seconds it took. Fails where the command ended by itself with an
+    error.
     """
+    start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment(), start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         assert process.wait(timeout=seconds) == 0
-        return False
+        return time.perf_counter() - start
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return True
+        return None
 
 
-def disturbed(command: list[str], output: Path, duration: float, seed: int) -> int:
-    """Run a command that takes ``duration`` seconds, kill it several times, then let it finish; the number of kills.
+def disturbed(command: list[str], output: Path, duration: float, seed: int, run_folder: Path | None = None) -> int:
+    """Run a command several times, kill each at a random moment, then let it finish; the number of kills, at least one.
 
-    Before each start the output is absent or complete, never something in between.
+    A run that was faster than its kill counts for nothing: what it made is removed, and the next kill comes within
+    half of the time it took. A kill soon comes before Python has started, so this ends on any machine.
+
+    Args:
+        output: a folder or file that appears when the command has finished. At each start it is absent or complete.
+        duration: seconds that the command takes, roughly.
+        run_folder: what the command makes, where that is more than ``output`` and its unfinished form.
     """
-    moments = random.Random(seed)
-    kills = 0
-    while kills < KILLS and not output.exists():
-        kills += killed(command, moments.uniform(0.2, 0.95) * duration)
-        if output.exists():
+    moments, kills = random.Random(seed), 0
+    while kills < KILLS:
+        took = killed(command, moments.uniform(0.2, 0.95) * duration)
+        kills += took is None
+        if output.is_dir():
             artifact.verify(output)
+        if output.exists() and kills:
+            break
+        if took is not None:
+            assert output.exists()
+            remove(run_folder or output)
+            duration = took / 2
     if not output.exists():
         run(command)
-    artifact.verify(output)
+        assert not artifact.partial_path(output).exists()
+    if output.is_dir():
+        artifact.verify(output)
     return kills
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def disturbed_file(command: Callable[[Path], list[str]], folder: Path, seed: int) -> int:
     """Run a command that writes a file with and without kills, and compare; the number of kills."""
-    duration = timed(command(folder / "undisturbed"))
-    moments, output, kills = random.Random(seed), folder / "disturbed", 0
-    while kills < KILLS and not output.exists():
-        kills += killed(command(output), moments.uniform(0.5, 0.98) * duration)
-    if not output.exists():
-        run(command(output))
+    duration, output = timed(command(folder / "undisturbed")), folder / "disturbed"
+    kills = disturbed(command(output), output, duration, seed)
     assert output.read_bytes() == (folder / "undisturbed").read_bytes()
-    assert not artifact.partial_path(output).exists()
     return kills
 
 
@@ -102,9 +118,8 @@ def test_prepare_and_encode(many, model_dir, shards_dir, tmp_path):
     # The model belongs to other shards with a vocabulary as large: their tokenizer takes the place of this one's.
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)
-    text = (model / "manifest.json").read_text(encoding="utf-8")
-    theirs, ours = (artifact.read(folder).extra["tokenizer_hash"] for folder in (shards_dir, whole))
-    (model / "manifest.json").write_text(text.replace(theirs, ours), encoding="utf-8")
+    ours = artifact.read(whole).extra["tokenizer_hash"]
+    reseal(model, lambda record: record["extra"].update(tokenizer_hash=ours))
 
     def encode(output: Path) -> list[str]:
         return ["tools/encode.py", "--model", str(model), "--data", str(whole), "--side", "docs", "--output",
@@ -125,9 +140,10 @@ def test_training(kind, shards_dir, tmp_path):
                               logging={"every": 1, "checkpoint_every": 1})
         commands.append([f"launch/{kind}.py", str(recipe), "--set", "optimization.steps=40", "--resume", "auto"])
     duration = timed(commands[0])
-    assert disturbed(commands[1], tmp_path / "broken" / "run" / "model", duration, seed=3) > 0
-    whole, broken = log(tmp_path / "whole" / "run"), log(tmp_path / "broken" / "run")
+    broken_run = tmp_path / "broken" / "run"
+    assert disturbed(commands[1], broken_run / "model", duration, 3, broken_run) > 0
+    whole, broken = log(tmp_path / "whole" / "run"), log(broken_run)
     assert [line["loss"] for line in broken] == [line["loss"] for line in whole]
     assert len(whole) == 40
-    expected, got = weights(tmp_path / "whole" / "run"), weights(tmp_path / "broken" / "run")
+    expected, got = weights(tmp_path / "whole" / "run"), weights(broken_run)
     assert all((got[name] == tensor).all() for name, tensor in expected.items())

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUERY_LENGTH
+from launching import reseal
 from safetensors.torch import load_file
 
 from lexmae.data.shards import Shards
@@ -86,6 +87,7 @@ def static_dir(model_dir, shards_dir, tiny_shards, tmp_path_factory) -> Path:
     torch.manual_seed(3)
     raw = torch.randn(tiny_shards.vocab_size)
     assert static_queries.save_table(folder, raw, tiny_shards.tokenizer_dir, QUERY_LENGTH)
+    reseal(folder)
     return folder
 
 

@@ -7,7 +7,7 @@ Then open http://127.0.0.1:8080/. The corpus is read once, into a temporary data
 
 from __future__ import annotations
 
-from lexmae import cli
+from lexmae import cli, verification
 from lexmae.errors import InputError
 
 
@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default is this machine's own")
     parser.add_argument("--port", type=int, default=8080, help="port to listen at; 0 takes a free one")
     parser.add_argument("--hits", type=int, default=10, help="results of a query")
+    verification.add_option(parser)
     options = parser.parse_args(argv)
 
     from lexmae.demo import app

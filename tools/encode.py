@@ -7,7 +7,7 @@
 A run that was stopped goes on with what is missing.
 """
 
-from lexmae import cli
+from lexmae import cli, verification
 from lexmae.errors import InputError
 
 
@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="auto is bf16 on a GPU that has it, fp32 elsewhere")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    verification.add_option(parser)
     options = parser.parse_args(argv)
     if options.side == "queries" and not options.split:
         raise InputError("--side queries needs --split")

@@ -11,7 +11,7 @@ csr: vectors.npz for scipy. What was written is read back and compared with the 
 
 from __future__ import annotations
 
-from lexmae import cli
+from lexmae import cli, verification
 from lexmae.errors import InputError
 from lexmae.retrieval import export, export_check
 
@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="read the files back and compare the scores of N sampled queries with the vectors'; 0 "
                              "does not")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
+    verification.add_option(parser)
     options = parser.parse_args(argv)
     if options.file_size < 1 or options.check < 0:
         raise InputError("--file-size must be at least 1 and --check at least 0")

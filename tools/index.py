@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from lexmae import cli
+from lexmae import cli, verification
 from lexmae.errors import InputError
 from lexmae.retrieval import engines
 
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--add", metavar="DIR", help="document vectors to add to --index")
     parser.add_argument("--delete", metavar="FILE", help="ids of documents to delete from --index, one a line")
     parser.add_argument("--compact", action="store_true", help="join the pieces of --index, drop what was deleted")
+    verification.add_option(parser)
     options = parser.parse_args(argv)
     if options.faiss_kind and options.engine != "faiss":
         raise InputError("--faiss-kind goes with --engine faiss")

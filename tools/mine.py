@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 
-from lexmae import cli
+from lexmae import cli, verification
 from lexmae.data.corpus import read_qrels, write_negatives
 from lexmae.errors import InputError
 from lexmae.retrieval import engines, mining, reports
@@ -66,6 +66,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
                                                                 "every passage of a judged document")
     parser.add_argument("--json", metavar="FILE", help="write BM25's figures, replacing an older file")
     parser.add_argument("--overwrite", action="store_true", help="replace finished outputs")
+    verification.add_option(parser)
     options = parser.parse_args(argv)
     _check(options)
     return options

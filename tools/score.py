@@ -8,7 +8,7 @@ The scored negatives hold the scores of the judged positives too. In a run, the 
 order behind the reranked ones. A command that was stopped goes on with what is missing.
 """
 
-from lexmae import cli
+from lexmae import cli, verification
 from lexmae.errors import InputError
 
 
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write numbers and speed, replacing an older file")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    verification.add_option(parser)
     options = parser.parse_args(argv)
     if any(value is not None and value < 1 for value in (options.depth, options.max_length, options.batch_tokens)):
         raise InputError("--depth, --max-length and --batch-tokens must be at least 1")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from lexmae import artifact, cli
+from lexmae import artifact, cli, verification
 from lexmae.errors import InputError
 from lexmae.retrieval import engines, fusion, maxp, reports
 from lexmae.retrieval.runs import DEFAULT_TAG, Run, read_run, write_run
@@ -90,6 +90,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tag", default=DEFAULT_TAG, help="last column of the run")
     parser.add_argument("--json", metavar="FILE", help="write the figures, replacing an older file")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished run")
+    verification.add_option(parser)
     options = parser.parse_args(argv)
     if min(options.hits, options.threads) < 1:
         raise InputError("--hits and --threads must be at least 1")

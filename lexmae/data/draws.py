@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lexmae import artifact
+from lexmae import artifact, verification
 from lexmae.checked import check_offsets, check_range, read_array
 from lexmae.cli import progress, say
 from lexmae.config import NegativesConfig, NegativeSource
@@ -218,7 +218,7 @@ class NegativeLists:
     """Judged positives and negatives by query row."""
 
     def __init__(self, path: str | Path):
-        manifest = artifact.read(path, KIND)
+        manifest = verification.opened(path, KIND)
         self.documents = manifest.fact("documents", int, "counts")
         shares = manifest.fact("shares", list)
         if not all(isinstance(share, (int, float)) for share in shares):

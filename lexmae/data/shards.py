@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lexmae import artifact
+from lexmae import artifact, verification
 from lexmae.checked import read_array, read_strings
 from lexmae.data.passages import PassageMap, read_ends
 from lexmae.data.prepare import KIND, prepare, table_name
@@ -48,8 +48,12 @@ class Shards:
 
     @staticmethod
     def open(path: str | Path) -> Shards:
-        """Open shards; InputError when they are missing, unfinished or of another kind."""
-        return Shards(artifact.read(path, KIND))
+        """Open shards, verified as ``verification`` says.
+
+        Raises:
+            InputError: they are missing, unfinished, damaged or of another kind.
+        """
+        return Shards(verification.opened(path, KIND, deep=lambda manifest: Shards(manifest).check_tokens()))
 
     def __reduce__(self):
         return Shards.open, (self.path,)
@@ -101,9 +105,17 @@ class Shards:
         manifest = artifact.read(model)
         if manifest.kind not in kinds:
             artifact.read(model, kinds[0])  # which says so
-        if manifest.extra["tokenizer_hash"] != self.manifest.extra["tokenizer_hash"]:
-            raise InputError(f"was trained with another tokenizer than that of {self.manifest.path}", model)
+        ours, theirs = self.manifest.extra, verification.opened(model).extra
+        if theirs["tokenizer_hash"] != ours["tokenizer_hash"]:
+            raise InputError(f"was trained with another tokenizer ({theirs['tokenizer_hash'][:16]}…, "
+                             f"{theirs.get('vocab_size', '?')} tokens) than that of {self.path} "
+                             f"({ours['tokenizer_hash'][:16]}…, {self.vocab_size} tokens)", model)
         return manifest
+
+    def check_tokens(self) -> None:
+        """Compare every token id with the vocabulary; reads all texts. InputError names a file and what it holds."""
+        for table in (self.docs, *map(self.queries, self.splits)):
+            table.check_tokens(self.vocab_size)
 
     def _known(self, split: str) -> None:
         if split not in self.splits:

@@ -125,6 +125,17 @@ class TokenTable:
                 ids[place, :length] = values[start : start + length]
         return TokenBatch(ids, lengths, first_lengths)
 
+    def check_tokens(self, vocab_size: int) -> None:
+        """Compare every token id with the vocabulary. InputError names the first row that holds another one."""
+        for number, piece in enumerate(self._pieces):
+            used = piece.values[piece.offsets[0] : piece.offsets[-1]]
+            if len(used) and int(used.max()) >= vocab_size:
+                place = int(np.argmax(used >= vocab_size))
+                local = np.searchsorted(piece.offsets, place + piece.offsets[0], side="right") - 1
+                row = int(self._starts[number] + local)
+                raise InputError(f"{self.what} {self.id(row)!r} holds the token {used[place]}, but the vocabulary has "
+                                 f"{vocab_size} entries", path=self.folder)  # fmt: skip
+
     def document_frequency(self, vocab_size: int, chunk: int = 8192) -> np.ndarray:
         """How many rows hold each token id, int64 [vocab_size]."""
         counts = np.zeros(vocab_size + 1, np.int64)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lexmae import artifact
+from lexmae import artifact, verification
 from lexmae.data import tokenizer as tokenizers
 from lexmae.data.corpus import Corpus
 from lexmae.data.tokenizer import TextEncoder
@@ -109,10 +109,15 @@ class Service:
 
     def _refuse_other_tokenizer(self, model: str | Path, tokenizer: Any) -> None:
         made_with = self.vectors.extra.get("tokenizer_hash")
-        known = tokenizers.vocabulary(tokenizer, self.vectors.n_terms)
-        if known != self.vectors.vocabulary or len(tokenizer) > self.vectors.n_terms or (
-                artifact.exists(model) and artifact.read(model).extra["tokenizer_hash"] != made_with):
-            raise InputError("has another tokenizer than the model that encoded the documents", model)
+        theirs = self.vectors.vocabulary
+        known = tokenizers.vocabulary(tokenizer, max(len(tokenizer), len(theirs)))
+        own = verification.opened(model).extra["tokenizer_hash"] if artifact.exists(model) else made_with
+        if known != theirs:
+            how = vectors.vocabularies_differ(known, theirs)
+            raise InputError(f"has another tokenizer than the model that encoded the documents: {how} there", model)
+        if own != made_with:
+            raise InputError("has another tokenizer than the model that encoded the documents: "
+                             f"{own[:16]}… here, {str(made_with)[:16]}… there", model)
 
     def close(self) -> None:
         """Remove what lies on disk."""

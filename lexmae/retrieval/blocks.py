@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lexmae import artifact, lifeline
+from lexmae import artifact, lifeline, locks
 from lexmae.cli import is_main_rank, say
 from lexmae.errors import InputError
 from lexmae.ranks import Hosts, several_hosts
@@ -67,6 +67,19 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
     """As ``artifact.refuse_existing``, where this process would write the output."""
     if is_main_rank() or not several_hosts():
         artifact.refuse_existing(output, overwrite)
+
+
+@contextlib.contextmanager
+def writing(output: Path, rank: int, overwrite: bool = False) -> Iterator[None]:
+    """Around the work: rank 0 keeps other commands away from the output (see ``lexmae.locks``).
+
+    Raises:
+        InputError: on rank 0, where another command writes the output, or has finished it meanwhile.
+    """
+    with locks.writing(output, here=rank == 0):
+        if rank == 0 and not overwrite and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise InputError("already exists: another command has made it meanwhile", output)
+        yield
 
 
 def own(count: int, block: int, rank: int, world: int) -> list[int]:

@@ -65,9 +65,7 @@ def check_rows(ids: Sequence[str], csr: Csr, n_terms: int, path: Path | str) -> 
 
 
 def check_matrix(matrix: np.ndarray, ids: Sequence[str], path: Path | str) -> None:
-    """InputError where a matrix [R, H] does not belong to R ids, or holds what is no finite number."""
-    if matrix.ndim != 2 or matrix.dtype != np.float32:
-        raise InputError(f"holds {matrix.dtype} of shape {list(matrix.shape)}; a float32 matrix is needed", path)
+    """InputError where a matrix float32 [R, H] does not belong to R ids, or holds what is no finite number."""
     if len(matrix) != len(ids):
         raise InputError(f"has {len(matrix)} rows for {len(ids)} ids", path)
     step = max(1, _CHUNK // max(1, matrix.shape[1]))

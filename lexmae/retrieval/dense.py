@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lexmae import artifact
+from lexmae import artifact, verification
+from lexmae.checked import read_array, read_arrow
 from lexmae.errors import InputError
 from lexmae.retrieval import checks
 
 KIND = "dense"
 IDS, MATRIX = "ids.arrow", "matrix.npy"
+_IDS = pa.schema([("id", pa.large_string())])
 
 
 @dataclass
@@ -73,7 +75,7 @@ class DenseVectors:
                 twice or a value that is not a finite number.
         """
         path = Path(path)
-        manifest = artifact.read(path, KIND)
+        manifest = verification.opened(path, KIND)
         made_for = manifest.extra.get("side")
         if side is not None and made_for is not None and made_for != side:
             raise InputError(f"these are vectors of {made_for}, but vectors of {side} are needed here", path)
@@ -93,29 +95,16 @@ def describe(draft: artifact.Draft, rows: int, dimensions: int, **extra: Any) ->
 
 def write_ids(path: Path, ids: Sequence[str]) -> None:
     """Write ids as an Arrow file of one column; it appears when it is complete."""
-    table = pa.table({"id": pa.array(ids, type=pa.large_string())})
+    table = pa.table({"id": pa.array(ids, type=pa.large_string())}, schema=_IDS)
     with artifact.atomic_file(path, "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
         writer.write_table(table)
 
 
 def read_ids(path: Path) -> list[str]:
     """Read what ``write_ids`` wrote; InputError where it is missing or damaged."""
-    try:
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()["id"].to_pylist()
-    except FileNotFoundError:
-        raise InputError("is missing", path) from None
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
-        raise InputError(f"not an Arrow file of ids, or a damaged one: {' '.join(str(error).split())}",
-                         path) from error
+    return [name for batch in read_arrow(path, _IDS) for name in batch.column("id").to_pylist()]
 
 
 def read_matrix(path: Path) -> np.ndarray:
-    """A .npy file as a view of its memory-mapped content; InputError where it is missing or damaged."""
-    try:
-        empty = path.stat().st_size <= 128
-        return np.asarray(np.load(path) if empty else np.load(path, mmap_mode="r"))
-    except FileNotFoundError:
-        raise InputError("is missing", path) from None
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"not a .npy file, or a damaged one: {' '.join(str(error).split())}", path) from error
+    """A matrix float32 [R, H] as a view of its memory-mapped file; InputError where it is missing or damaged."""
+    return read_array(path, np.float32, ndim=2)

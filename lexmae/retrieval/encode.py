@@ -59,13 +59,14 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
     with together():
         table, opened, made_with = open_inputs(model, shards, config)
         blocks.refuse_existing(output, overwrite)
-    with blocks.ranks() as (rank, world, device):
+    with blocks.ranks() as (rank, world, device), blocks.writing(output, rank, overwrite):
         hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=made_with)
         name = blocks.precision(config.precision, device)
         state = {"model": made_with or str(model), "shards": opened.manifest.fingerprint, "side": config.side,
                  "split": config.split, "top_k": config.top_k, "precision": name, "block": BLOCK}
         partial, there = blocks.open_partial(output, state, hosts)
         encoder = SparseEncoder.load(model, side=config.side).to(device).eval()
+        vocabularies.refuse_longer_texts(encoder, table, model)
         own = blocks.own(len(table), BLOCK, rank, world)
         missing = blocks.missing(own, there, lambda block: vectors.part_name(0, block))
         start = time.perf_counter()
@@ -84,6 +85,8 @@ def open_inputs(model: str | Path, shards: str | Path, config: EncodeConfig) -> 
     made_with = opened.refuse_other_tokenizer(model, "model")
     if made_with is None:
         vocabularies.refuse_other_vocabulary(model, opened, config.side)
+    else:
+        vocabularies.warn_of_other_length(made_with, opened, config.side)
     return table, opened, made_with and made_with.fingerprint
 
 
@@ -142,6 +145,6 @@ def _finish(output: Path, partial: Path, shards: Shards, model: str | Path, sour
     vectors.write_vocabulary(partial, shards.vocabulary())
     draft = artifact.Draft(partial)
     vectors.describe(draft, side=state["side"], split=state["split"], top_k=state["top_k"],
-                     tokenizer_hash=shards.manifest.extra["tokenizer_hash"])
+                     **vocabularies.facts(shards, state["side"]))
     blocks.finished(partial)
     artifact.seal(draft, output, vectors.KIND, inputs={"model": model, "shards": source}, config=state)

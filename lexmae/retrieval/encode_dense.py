@@ -21,7 +21,8 @@ from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
 from lexmae.model.dense import DenseEncoder
 from lexmae.ranks import together
-from lexmae.retrieval import blocks, dense
+from lexmae.renaming import reserve
+from lexmae.retrieval import blocks, dense, vocabularies
 from lexmae.retrieval import encode as sparse
 from lexmae.retrieval.encode import EncodeConfig
 
@@ -42,13 +43,14 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
     with together():
         table, opened, made_with = sparse.open_inputs(model, shards, config)
         blocks.refuse_existing(output, overwrite)
-    with blocks.ranks() as (rank, world, device):
+    with blocks.ranks() as (rank, world, device), blocks.writing(output, rank, overwrite):
         hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=made_with)
         name = blocks.precision(config.precision, device)
         state = {"model": made_with or str(model), "shards": opened.manifest.fingerprint, "side": config.side,
                  "split": config.split, "representation": representation, "precision": name, "block": sparse.BLOCK}
         partial, there = blocks.open_partial(output, state, hosts)
         encoder = DenseEncoder.load(model, representation).to(device).eval()
+        vocabularies.refuse_longer_texts(encoder, table, model)
         own = blocks.own(len(table), sparse.BLOCK, rank, world)
         missing = blocks.missing(own, there, part_name)
         _encode_blocks(encoder, opened, table, missing, partial, config, blocks.PRECISIONS[name], device)
@@ -98,6 +100,8 @@ def _finish(output: Path, partial: Path, shards: Shards, table: TokenTable, dime
     files = [partial / part_name(b) for b in blocks.own(rows, sparse.BLOCK, 0, 1)]
     unfinished = partial / f".{dense.MATRIX}"
     matrix = np.lib.format.open_memmap(unfinished, "w+", np.float32, (rows, dimensions)) if rows else None
+    if matrix is not None:
+        reserve(unfinished)
     for number, file in enumerate(files):
         matrix[number * sparse.BLOCK:(number + 1) * sparse.BLOCK] = np.load(file, mmap_mode="r")
     if matrix is None:
@@ -111,6 +115,6 @@ def _finish(output: Path, partial: Path, shards: Shards, table: TokenTable, dime
         file.unlink()
     draft = artifact.Draft(partial)
     dense.describe(draft, rows, dimensions, representation=state["representation"], side=state["side"],
-                   split=state["split"], tokenizer_hash=shards.manifest.extra["tokenizer_hash"])
+                   split=state["split"], **vocabularies.facts(shards, state["side"]))
     blocks.finished(partial)
     artifact.seal(draft, output, dense.KIND, inputs=inputs, config=state)

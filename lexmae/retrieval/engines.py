@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from lexmae import artifact
+from lexmae import artifact, verification
 from lexmae.errors import InputError
 from lexmae.retrieval import dense
 from lexmae.retrieval import vectors as sparse
@@ -143,8 +143,9 @@ class Index:
         if isinstance(queries, DenseVectors):
             self._check_dense(queries)
         elif queries.vocabulary is not self._agreed and queries.vocabulary != self._searcher.vocabulary:
-            raise InputError(f"its documents were encoded with another vocabulary ({len(self._searcher.vocabulary)} "
-                             f"tokens) than the queries ({queries.n_terms} tokens)", self.manifest.path)
+            raise InputError("its documents were encoded with another vocabulary: "
+                             f"{sparse.vocabularies_differ(self._searcher.vocabulary, queries.vocabulary)} in that of "
+                             "the queries", self.manifest.path)
         self._agreed = getattr(queries, "vocabulary", None)
         made = self.manifest.extra.get("vectors", {})
         for key in ("tokenizer_hash", "scale", "representation"):
@@ -210,7 +211,7 @@ def build(vectors: Vectors | str | Path, engine: str, output: str | Path, *, ove
 
 def open_index(path: str | Path) -> Index:
     """Open a finished index; its manifest says of which engine."""
-    return Index(artifact.read(path, KIND))
+    return Index(verification.opened(path, KIND))
 
 
 def default_threads() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from lexmae import verification
 from lexmae.errors import InputError
 from lexmae.model import card
 from lexmae.retrieval import engines, metrics
@@ -13,6 +14,7 @@ def evaluation(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
     """Add the options to ``parser`` and read the command line; InputError where options contradict each other."""
     _measuring(parser)
     _sweeping(parser.add_argument_group("sweep", "top-k pruning × size of the index × queries/s × effectiveness"))
+    verification.add_option(parser)
     options = parser.parse_args(argv)
     if sum([bool(options.run), bool(options.collection), options.sweep]) != 1:
         raise InputError("one of --run, --collection and --sweep is needed")

@@ -93,7 +93,7 @@ def score(model: str | Path, shards: str | Path, output: str | Path, config: Sco
         reports.refuse_existing(output, overwrite=overwrite)
         made_with = opened.refuse_other_tokenizer(model, KIND)
         work = (Negatives if negatives else Reranking)(source, opened, config)
-    with blocks.ranks() as (rank, world, device):
+    with blocks.ranks() as (rank, world, device), blocks.writing(output, rank, overwrite):
         scorer = CrossEncoder.load(model).to(device).eval()
         max_length = _pair_length(scorer, made_with, opened, config, model)
         name = blocks.precision(config.precision, device)

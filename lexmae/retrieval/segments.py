@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from lexmae.checked import check_offsets, check_range, read_array, read_arrow
 from lexmae.cli import progress
 from lexmae.errors import InputError
+from lexmae.renaming import reserve
 from lexmae.retrieval.engines import default_threads
 from lexmae.retrieval.kernels import forward, frozen, invert
 from lexmae.retrieval.stored import StoredVectors
@@ -71,7 +72,9 @@ def _create(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     if 0 in shape:
         np.save(path, np.zeros(shape, dtype))
         return np.zeros(shape, dtype)
-    return np.asarray(np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)).view(np.ndarray)
+    mapped = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    reserve(path)
+    return np.asarray(mapped).view(np.ndarray)
 
 
 class Segment:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lexmae import artifact
+from lexmae import verification
 from lexmae.errors import InputError
 from lexmae.retrieval import checks
 from lexmae.retrieval.kernels import frozen, gather
@@ -41,7 +41,7 @@ class StoredVectors(SparseVectors):
     @classmethod
     def open(cls, path: str | Path, side: str | None = None) -> StoredVectors:
         """Map a finished artifact; arguments and errors of ``SparseVectors.open``."""
-        manifest = artifact.read(path, KIND)
+        manifest = verification.opened(path, KIND)
         made_for = manifest.extra.get("side")
         if side is not None and made_for is not None and made_for != side:
             raise InputError(f"these are vectors of {made_for}, but vectors of {side} are needed here", path)

@@ -1,7 +1,8 @@
 """Changes of an exact index: add document vectors, delete ids, compact.
 
 Each makes a new version of the artifact beside the old one and puts it in its place when it is complete. Segments
-that stay as they are become hard links, so that the work is that of the change. What is found, and in which order, is
+that stay as they are become hard links, so that the work is that of the change. Two changes at a time are refused
+(``lexmae.locks``); searches go on with the version they have opened. What is found, and in which order, is
 what an index built anew from the same documents finds; after ``compact`` the files are the same too.
 """
 
@@ -17,13 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lexmae import artifact
+from lexmae import artifact, locks, verification
 from lexmae.data.lines import read_lines
 from lexmae.errors import InputError
 from lexmae.retrieval import segments
 from lexmae.retrieval.engines import KIND
 from lexmae.retrieval.stored import StoredVectors
-from lexmae.retrieval.vectors import VOCABULARY, Csr, read_vocabulary
+from lexmae.retrieval.vectors import VOCABULARY, Csr, read_vocabulary, vocabularies_differ
 
 
 def add(index: str | Path, vectors: str | Path, threads: int | None = None) -> artifact.Manifest:
@@ -32,8 +33,12 @@ def add(index: str | Path, vectors: str | Path, threads: int | None = None) -> a
     Raises:
         InputError: an id is in the index already, or the vectors were encoded otherwise than its documents.
     """
-    index, manifest = Path(index), _read(index)
-    new = StoredVectors.open(vectors, side="docs")
+    with locks.writing(index):
+        return _add(Path(index), vectors, threads)
+
+
+def _add(index: Path, vectors: str | Path, threads: int | None) -> artifact.Manifest:
+    manifest, new = _read(index), StoredVectors.open(vectors, side="docs")
     _check_same_encoder(manifest, new, vectors)
     old = segments.open_segments(index)
     known = pc.is_in(new.id_array, value_set=segments.number_documents(old)[0])
@@ -57,8 +62,12 @@ def delete(index: str | Path, ids: str | Path) -> artifact.Manifest:
     Raises:
         InputError: an id is not in the index, or no document would be left.
     """
-    index, manifest = Path(index), _read(index)
-    old = segments.open_segments(index)
+    with locks.writing(index):
+        return _delete(Path(index), ids)
+
+
+def _delete(index: Path, ids: str | Path) -> artifact.Manifest:
+    manifest, old = _read(index), segments.open_segments(index)
     asked = dict.fromkeys(name for _, name in read_lines(ids))
     everything, numbers = segments.number_documents(old)
     place = pc.index_in(pa.array(list(asked), pa.large_string()), value_set=everything)
@@ -84,7 +93,12 @@ def delete(index: str | Path, ids: str | Path) -> artifact.Manifest:
 
 def compact(index: str | Path, threads: int | None = None) -> artifact.Manifest:
     """Write the documents that are not deleted as one segment: the same files as an index built of them anew."""
-    index, manifest = Path(index), _read(index)
+    with locks.writing(index):
+        return _compact(Path(index), threads)
+
+
+def _compact(index: Path, threads: int | None) -> artifact.Manifest:
+    manifest = _read(index)
     with _revision(manifest, lambda name: name == VOCABULARY, inputs={}, change={"compacted": True}) as draft:
         spill = draft.path / "rows"
         spill.mkdir()
@@ -96,7 +110,7 @@ def compact(index: str | Path, threads: int | None = None) -> artifact.Manifest:
 
 
 def _read(index: Path) -> artifact.Manifest:
-    manifest = artifact.read(index, KIND)
+    manifest = verification.opened(index, KIND)
     if manifest.extra["engine"] != "exact":
         raise InputError(f"is an index of the engine {manifest.extra['engine']}; only exact ones can be changed", index)
     return manifest
@@ -104,9 +118,11 @@ def _read(index: Path) -> artifact.Manifest:
 
 def _check_same_encoder(manifest: artifact.Manifest, new: StoredVectors, path: str | Path) -> None:
     if new.vocabulary != read_vocabulary(manifest.path):
-        raise InputError(f"the vocabulary differs from that of {manifest.path}", path)
+        raise InputError("the vocabulary differs: "
+                         f"{vocabularies_differ(new.vocabulary, read_vocabulary(manifest.path))} in {manifest.path}",
+                         path)
     made = manifest.extra.get("vectors", {})
-    for key in ("tokenizer_hash", "scale"):
+    for key in ("tokenizer_hash", "scale", "max_length"):
         if made.get(key) is not None and new.extra.get(key) not in (None, made[key]):
             raise InputError(f"the {key} is {new.extra[key]}, that of {manifest.path} is {made[key]}", path)
 

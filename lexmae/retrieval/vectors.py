@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from lexmae import artifact
+from lexmae import artifact, verification
 from lexmae.checked import check_offsets, read_arrow, read_strings
 from lexmae.errors import InputError
 from lexmae.retrieval import checks
@@ -206,7 +206,7 @@ class SparseVectors:
                 or a term that the vocabulary does not have.
         """
         path = Path(path)
-        manifest = artifact.read(path, KIND)
+        manifest = verification.opened(path, KIND)
         made_for = manifest.extra.get("side")
         if side is not None and made_for is not None and made_for != side:
             raise InputError(f"these are vectors of {made_for}, but vectors of {side} are needed here", path)
@@ -259,9 +259,11 @@ def read_batches(path: str | Path) -> list[tuple[pa.Array, Csr]]:
         with pa.ipc.open_file(pa.memory_map(str(path))) as table:
             foreign = [table.get_batch(i) for i in range(table.num_record_batches)] \
                 if table.schema.types != _SCHEMA.types or table.schema.names != _SCHEMA.names else []
+            for batch in foreign:
+                batch.validate(full=True)
     except FileNotFoundError:
         raise
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise InputError(f"not an Arrow file, or a damaged one: {' '.join(str(error).split())}", path) from error
     for batch in foreign:  # of other programs: said more exactly than below
         checks.check_batch(batch, _SCHEMA, path)
@@ -299,6 +301,15 @@ def write_vocabulary(folder: str | Path, vocabulary: Sequence[str]) -> None:
 def read_vocabulary(folder: str | Path) -> list[str]:
     """Read ``vocabulary.json``: the token strings by term id."""
     return read_strings(Path(folder) / VOCABULARY)
+
+
+def vocabularies_differ(here: Sequence[str], there: Sequence[str]) -> str:
+    """How two vocabularies that are not equal differ, with both values, to be followed by a place for the second."""
+    if len(here) != len(there):
+        return f"it has {len(here)} tokens, but {len(there)}"
+    differing = [i for i, (one, other) in enumerate(zip(here, there, strict=True)) if one != other]
+    first = differing[0]
+    return f"token {first} is {here[first]!r} ({len(differing)} of {len(here)} differ), but {there[first]!r}"
 
 
 def describe(draft: artifact.Draft, **extra: Any) -> None:

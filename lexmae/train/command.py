@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from lexmae import ranks, recipe
+from lexmae import cli, locks, ranks, recipe, verification
 
 
 def main(kind: type, parser: argparse.ArgumentParser, argv: list[str] | None = None) -> None:
@@ -19,6 +19,7 @@ def main(kind: type, parser: argparse.ArgumentParser, argv: list[str] | None = N
                         help="override keys of the recipe, such as optimization.lr=1e-4")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="in place of the recipe's `deepspeed`")
     parser.add_argument("--resume", metavar="auto|STEP|PATH", help="continue from a checkpoint")
+    verification.add_option(parser)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     arguments = parser.parse_args(argv)
     with ranks.together():
@@ -29,4 +30,5 @@ def main(kind: type, parser: argparse.ArgumentParser, argv: list[str] | None = N
         from lexmae.train import session
 
         session.ready(config, arguments.resume)
-    session.run(config, arguments.resume)
+    with locks.writing(config.output, here=cli.is_main_rank()):
+        session.run(config, arguments.resume)
