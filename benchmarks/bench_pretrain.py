@@ -63,8 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sample = common.texts(args.input, args.batch * args.steps, folder)
-        model = common.model_folder(folder, args.size, sample)
+        sample, model = common.inputs(args, args.batch * args.steps, folder)
         write_beir(folder / "beir", (Passage(str(i), "", text) for i, text in enumerate(sample)), [], {})
         prepare(folder / "beir", folder / "shards", tokenizer=str(model), max_length=144, workers=1)
         shards = Shards.open(folder / "shards")
@@ -72,6 +71,7 @@ def main() -> None:
         sides = [ours(model, shards, args), usual("research", "eager", False, model, shards, args),
                  usual("sdpa + compile", "sdpa", not args.no_compile, model, shards, args)]
         losses = [side.run() for side in sides]
+        common.refuse_difference("losses", (max(losses) - min(losses)) / losses[0], 0.02 if args.bf16 else 1e-4)
         figures = common.in_turn([common.Side(s.name, s.run, tokens, "tokens/s") for s in sides], args.rounds,
                                  args.device)
     common.report("pre-training", figures, args, size=args.size, batch=args.batch, tokens=tokens,
