@@ -1,6 +1,6 @@
 """Encoding passages: lexmae against sentence-transformers' `SparseEncoder.encode`, same weights, texts and vectors.
 
-    python benchmarks/bench_encode.py [--input FOLDER] [--size base|mini] [--passages 96] [--batch 32]
+    python benchmarks/bench_encode.py [--input FOLDER] [--size base|mini] [--passages 64] [--batch 32]
 
 lexmae goes from a folder of texts to vectors on disk, loading the model on the way; its peer has the model loaded and
 ends in memory. Their vectors are compared first: ours are rounded to hundredths.
@@ -24,7 +24,7 @@ from lexmae.retrieval import encode, vectors
 
 def main() -> None:
     """Compare vectors, then time both sides in turn."""
-    args = common.make_parser(__doc__, passages=96, batch=32, batch_tokens=16384).parse_args()
+    args = common.make_parser(__doc__, passages=64, batch=32, batch_tokens=16384).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sample, model = common.inputs(args, args.passages, folder)

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_finetune.py [--input FOLDER] [--size base|mini] [--batch 2] [--negatives 15]
 
-A step is one optimizer update over `--batch` queries with a positive and `--negatives` negatives each: reading and
+A step is one optimizer update over `--batch` queries with a positive and `--negatives` negatives each: reading
 tokenised texts for lexmae, the trainer's data loader and collator for the peer, contrastive loss over all documents,
 FLOPS on both sides (`SpladeLoss` around `SparseMultipleNegativesRankingLoss`), gradients clipped at 1, AdamW. The
 trainer runs one training; after each of its steps it waits while lexmae makes one. Losses of the first step are
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 import common
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from lexmae.config import LossConfig, NegativesConfig, OptimizationConfig
 from lexmae.data import draws
@@ -37,16 +39,22 @@ LAMBDA_DOCS, LAMBDA_QUERIES, LR = 0.002, 0.0015, 1e-7
 def main() -> None:
     """One step of each side to warm up, compared, then timed in turn."""
     args = common.make_parser(__doc__, batch=2, negatives=15, chunk=32).parse_args()
+    if find_spec("accelerate") is None:
+        raise SystemExit("the trainer of sentence-transformers needs accelerate: pip install accelerate")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sample, model = common.inputs(args, args.batch * (1 + args.negatives), folder)
         questions = [" ".join(sample[i * (1 + args.negatives)].split()[3:12]) for i in range(args.batch)]
         shards = write_shards(folder, sample, questions, model, args)
-        own = ours(folder, model, shards, args)
-        clock, losses = in_turn(own, model, sample, questions, folder, args)
+        turns = Turns(args)  # before our engine joins its group of ranks, which the trainer would take for its own
+        trainer = peer(model, sample, questions, folder, turns, args)
+        turns.own.run = ours(folder, model, shards, args)
+        trainer.train()
+        first = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+        losses = [round(turns.loss, 4), round(first, 4)]
     difference = abs(losses[0] - losses[1]) / losses[0]
     common.refuse_difference("losses", difference, 0.02 if args.bf16 else 1e-4)
-    common.report("fine-tuning", clock.figures(), args, size=args.size, queries=args.batch, documents=len(sample),
+    common.report("fine-tuning", turns.clock.figures(), args, size=args.size, queries=args.batch, documents=len(sample),
                   precision="bf16" if args.bf16 else "fp32", losses=losses)
 
 
@@ -62,7 +70,7 @@ def write_shards(folder: Path, sample: list[str], questions: list[str], model: P
     return Shards.open(folder / "shards")
 
 
-def ours(folder: Path, model: Path, shards: Shards, args: argparse.Namespace) -> common.Side:
+def ours(folder: Path, model: Path, shards: Shards, args: argparse.Namespace) -> Callable[[], float]:
     """The ranking objective behind the DeepSpeed engine; documents in chunks of similar length."""
     from lexmae.train import engine as engines
 
@@ -83,15 +91,16 @@ def ours(folder: Path, model: Path, shards: Shards, args: argparse.Namespace) ->
         engine.step(LR)
         return float(loss.detach())
 
-    return common.Side("lexmae", run, args.batch, "queries/s")
+    return run
 
 
-def in_turn(own: common.Side, model: Path, sample: list[str], questions: list[str], folder: Path,
-            args: argparse.Namespace) -> tuple[common.Clock, list[float]]:
-    """Let the trainer run, one step of lexmae after each of its steps; the clock and both first losses."""
+def peer(model: Path, sample: list[str], questions: list[str], folder: Path, turns: TrainerCallback,
+         args: argparse.Namespace) -> Trainer:
+    """The trainer with its data, whose full weight of FLOPS holds from the first step; it needs accelerate."""
     from datasets import Dataset
     from sentence_transformers import SparseEncoder as Peer
     from sentence_transformers import SparseEncoderTrainer, SparseEncoderTrainingArguments
+    from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
     from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 
     group = 1 + args.negatives
@@ -102,26 +111,25 @@ def in_turn(own: common.Side, model: Path, sample: list[str], questions: list[st
     encoder = Peer(str(model), device=args.device)
     loss = SpladeLoss(encoder, SparseMultipleNegativesRankingLoss(encoder), document_regularizer_weight=LAMBDA_DOCS,
                       query_regularizer_weight=LAMBDA_QUERIES)
-    steps = args.rounds + 1
     settings = SparseEncoderTrainingArguments(
-        str(folder / "peer"), num_train_epochs=steps, per_device_train_batch_size=args.batch, learning_rate=LR,
-        lr_scheduler_type="constant", max_grad_norm=1.0, optim="adamw_torch_fused", weight_decay=0.01, bf16=args.bf16,
+        str(folder / "peer"), num_train_epochs=args.rounds + 1, per_device_train_batch_size=args.batch,
+        learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=1.0, optim="adamw_torch_fused", weight_decay=0.01,
+        bf16=args.bf16,
         use_cpu=args.device == "cpu", logging_steps=1, disable_tqdm=True, save_strategy="no", report_to="none")
-    turns = Turns(own, args)
     trainer = SparseEncoderTrainer(model=encoder, args=settings, train_dataset=Dataset.from_dict(columns), loss=loss,
                                    callbacks=[turns])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    first = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
-    return turns.clock, [round(turns.loss, 4), round(first, 4)]
+    for callback in (PrinterCallback, SpladeRegularizerWeightSchedulerCallback):
+        trainer.remove_callback(callback)
+    return trainer
 
 
 class Turns(TrainerCallback):
     """The trainer's steps by the clock, each from the end of our step before it, the reading of its batch included."""
 
-    def __init__(self, own: common.Side, args: argparse.Namespace):
-        self.own, self.peer = own, common.Side("SparseEncoderTrainer", lambda: None, own.work, own.unit)
-        self.clock, self.last, self.loss = common.Clock([own, self.peer], args.device), args.rounds, 0.0
+    def __init__(self, args: argparse.Namespace):
+        self.own, self.peer = (common.Side(name, lambda: None, args.batch, "queries/s")
+                               for name in ("lexmae", "SparseEncoderTrainer"))
+        self.clock, self.last, self.loss = common.Clock([self.own, self.peer], args.device), args.rounds, 0.0
         self._running = ExitStack()
 
     def on_train_begin(self, args, state, control, **_):

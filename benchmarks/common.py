@@ -34,7 +34,7 @@ from lexmae.model.encoder import save_masked_lm
 RESULTS = Path(__file__).parent / "results"
 MEAN_TOKENS, MAX_TOKENS = 77, 144  # MS MARCO passages under BERT's WordPiece
 VOCABULARY, VOCABULARY_PASSAGES = 30522, 3000
-PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "numpy", "numba")
+PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate", "datasets", "numpy", "numba")
 SIZES = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "mini": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
