@@ -69,7 +69,7 @@ def main() -> None:
         shards = Shards.open(folder / "shards")
         tokens = int(shards.docs.lengths.sum())
         sides = [ours(model, shards, args), usual("research", "eager", False, model, shards, args),
-                 usual("sdpa" if args.no_compile else "sdpa + compile", "sdpa", not args.no_compile, model, shards, args)]
+                 usual("sdpa" + " + compile" * (not args.no_compile), "sdpa", not args.no_compile, model, shards, args)]
         losses = [side.run() for side in sides]
         common.refuse_difference("losses", (max(losses) - min(losses)) / losses[0], 0.02 if args.bf16 else 1e-4)
         figures = common.in_turn([common.Side(s.name, s.run, tokens, "tokens/s") for s in sides], args.rounds,
