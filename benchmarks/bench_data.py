@@ -1,47 +1,67 @@
 #!/usr/bin/env python
 """Random access to tokenised passages: padded batches of our shards against Hugging Face datasets and Arrow `take`.
 
-    python benchmarks/bench_data.py [--rows 200000] [--batch 256] [--batches 200]
+    python benchmarks/bench_data.py [--input FOLDER] [--rows 200000] [--batch 256] [--batches 200]
 
-All read the same synthetic rows (100 to 144 tokens of 16 bits) and return one padded int64 array. Printed: samples per
-second on one core, the best of three rounds, and the ratio to the first line. `tokens()` is the read without padding.
+All read the same rows, real text in MS MARCO's lengths (the tokens of the collection, as often as they are needed), and
+give one padded int64 array; the arrays are compared first. One core. `tokens()` is the read without padding.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
 import tempfile
-import time
 from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
 
+import common
 import numpy as np
 import pyarrow as pa
+import torch
 
+from lexmae.data.corpus import Corpus
 from lexmae.data.tokens import TableWriter, TokenTable
+
+TEXTS = 10_000  # passages that are tokenised
 
 
 def main() -> None:
-    """Write the rows once in each form, then time random batches."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--batches", type=int, default=200)
-    args = parser.parse_args()
+    """Write the rows once in each form, compare, then time random batches in turn."""
+    args = common.make_parser(__doc__, rows=200_000, batch=256, batches=200).parse_args()
     pa.set_cpu_count(1)
-    random = np.random.default_rng(0)
-    lengths = random.integers(100, 145, args.rows)
-    values = random.integers(5, 30522, int(lengths.sum())).astype(np.uint16)
-    drawn = random.integers(0, args.rows, (args.batches, args.batch))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}")
+    torch.set_num_threads(1)
+    lengths = common.draw_lengths(args.rows)
+    drawn = np.random.default_rng(0).integers(0, args.rows, (args.batches, args.batch))
     with tempfile.TemporaryDirectory() as folder:
-        readers = {**ours(folder, values, lengths), **arrow_take(folder, values, lengths)}
-        readers |= hf_datasets(folder, values, lengths)
-        speeds = {name: speed(read, drawn) for name, read in readers.items()}
-    first = next(iter(speeds.values()))
-    for name, samples in speeds.items():
-        print(f"{name:42s} {samples:12,.0f} samples/s   {samples / first:8.4f}")
+        values = tokens(args.input, int(lengths.sum()), Path(folder))
+        readers = {**ours(folder, values, lengths), **hf_datasets(folder, values, lengths),
+                   **arrow_take(folder, values, lengths)}
+        compare(readers, drawn[0])
+        sides = [common.Side(name, lambda read=read: [read(rows) for rows in drawn], drawn.size, "samples/s")
+                 for name, read in readers.items()]
+        figures = common.in_turn(sides, args.rounds, "cpu")
+    common.report("batches from shards", figures, args, rows=args.rows, batch=args.batch, batches=args.batches,
+                  mean_tokens=round(float(lengths.mean()), 1))
+
+
+def tokens(source: str | None, count: int, folder: Path) -> np.ndarray:
+    """``count`` token ids of real text, uint16: a collection's first passages over and over."""
+    source = common.source(source, folder)
+    words = common.wordpiece(source)
+    passages = [passage.text for passage in islice(Corpus.open(source).passages(), TEXTS)]
+    read = words(passages, add_special_tokens=False)["input_ids"]
+    return np.resize(np.fromiter((i for ids in read for i in ids), np.uint16), count)
+
+
+def compare(readers: dict[str, Callable], rows: np.ndarray) -> None:
+    """Exit where a reader gives another batch."""
+    first, *others = [padded(read(rows)) for read in readers.values()]
+    common.refuse_difference("batches", float(not all(np.array_equal(first, other) for other in others)), 0)
+
+
+def padded(batch: np.ndarray | list[np.ndarray]) -> np.ndarray:
+    """A batch of any reader as one int64 array."""
+    return pad(batch) if isinstance(batch, list) else batch
 
 
 def ours(folder: str, values: np.ndarray, lengths: np.ndarray) -> dict[str, Callable]:
@@ -88,20 +108,6 @@ def pad(rows: list[np.ndarray]) -> np.ndarray:
     for place, row in enumerate(rows):
         batch[place, : len(row)] = row
     return batch
-
-
-def speed(read: Callable, drawn: np.ndarray, rounds: int = 3, seconds: float = 5.0) -> float:
-    """Samples per second of the best round; a slow reader stops at the time limit."""
-    best = 0.0
-    for _ in range(rounds):
-        start, done = time.perf_counter(), 0
-        for rows in drawn:
-            read(rows)
-            done += len(rows)
-            if time.perf_counter() - start > seconds:
-                break
-        best = max(best, done / (time.perf_counter() - start))
-    return best
 
 
 if __name__ == "__main__":

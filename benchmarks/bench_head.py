@@ -1,23 +1,28 @@
-"""Times the fused LM head against the plain one, in ms.
+"""The fused LM head against full logits, at BERT-base's shapes on real text.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_head.py [--batch 64 --length 96 --vocab 8192 --hidden 192]
+    python benchmarks/bench_head.py [--input FOLDER] [--size base|mini] [--batch 16] [--active 300]
 
-Four cases: the masked maximum forward only; forward and backward with the gradient of the pre-training
-bottleneck, `softmax`, not zero anywhere; with that of the saturated lexicon, `sparse`, not zero for `--active`
-entries of each sequence; and `loss`, the cross entropy of 40 % of the tokens, forward and backward. The plain
-head is `F.linear` with a masked amax or `F.cross_entropy`.
+Both sides get the same hidden states of a padded batch of passages, and the same gradient; results and gradients are
+compared first. Four cases: the masked maximum `forward` alone; forward and backward with the gradient of the
+pre-training bottleneck, `pretrain`, not zero anywhere; with that of the saturated lexicon, `finetune`, not zero for
+`--active` entries of each text; and `loss`, the cross entropy of 40 % of the tokens, forward and backward. Full logits
+are `F.linear` with a masked amax or `F.cross_entropy`.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
+import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lexmae.model import backbone
 from lexmae.model.head import max_logits
 from lexmae.model.mlm import cross_entropy_sum
 
@@ -37,70 +42,59 @@ def fused_loss(*inputs: Tensor) -> Tensor:
     return cross_entropy_sum(*inputs)[0]
 
 
-def best_ms(run: Callable[[], object], repeats: int, device: str) -> float:
-    """The shortest of `repeats` runs after one to warm up, in ms."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:]) * 1e3
-
-
-def measure(head: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor | None, args) -> float:
-    """ms of a forward pass, followed by a backward pass where `grad` is given."""
-
-    def run() -> None:
-        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.bf16):
-            with torch.set_grad_enabled(grad is not None):
-                pooled = head(*inputs)
-        if grad is not None:
-            torch.autograd.grad(pooled, inputs[:3], grad)
-
-    return best_ms(run, args.repeats, args.device)
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = {"batch": 64, "length": 96, "vocab": 8192, "hidden": 192, "active": 500, "repeats": 3}
-    for name, value in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
-    parser.add_argument("--ragged", action="store_true", help="texts of 1/3 to all of it")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
-    return parser.parse_args()
-
-
-def report(name: str, slow: float, fast: float) -> None:
-    """One line of the table."""
-    print(f"{name:8} plain {slow:8.1f} ms   fused {fast:8.1f} ms   ratio {slow / fast:.2f}")
+def step(head: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor | None, args: argparse.Namespace) -> list:
+    """The head's result, and the gradients of its first three inputs where ``grad`` is given."""
+    with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.bf16), torch.set_grad_enabled(grad is not None):
+        result = head(*inputs)
+    return [result, *(() if grad is None else torch.autograd.grad(result, inputs[:3], grad))]
 
 
 def main() -> None:
-    """Print one line for each case."""
-    args = parse()
+    """Compare, then time both sides of each case in turn."""
+    args = common.make_parser(__doc__, batch=16, active=300).parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        hidden, weight, bias, mask = head_inputs(args, Path(name))
+    texts, vocabulary = len(hidden), len(weight)
     torch.manual_seed(0)
-    hidden = torch.randn(args.batch, args.length, args.hidden, device=args.device, requires_grad=True)
-    weight = (0.05 * torch.randn(args.vocab, args.hidden, device=args.device)).requires_grad_()
-    bias = torch.zeros(args.vocab, device=args.device, requires_grad=True)
-    least = args.length // 3 if args.ragged else args.length
-    lengths = torch.randint(least, args.length + 1, (args.batch, 1), device=args.device)
-    mask = torch.arange(args.length, device=args.device) < lengths
-    dense = torch.randn(args.batch, args.vocab, device=args.device)
-    sparse = dense * (torch.rand_like(dense) < args.active / args.vocab)
-    print(f"{args} torch {torch.__version__} threads {torch.get_num_threads()}")
-    for name, grad in {"forward": None, "softmax": dense, "sparse": sparse}.items():
-        slow = measure(plain, [hidden, weight, bias, mask], grad, args)
-        fast = measure(max_logits, [hidden, weight, bias, mask], grad, args)
-        report(name, slow, fast)
-    rows = hidden.detach().flatten(0, 1)[: int(0.4 * args.batch * args.length)].requires_grad_()
-    targets = torch.randint(0, args.vocab, rows.shape[:1], device=args.device)
-    one = torch.ones((), device=args.device)
-    slow, fast = (measure(h, [rows, weight, bias, targets], one, args) for h in (plain_loss, fused_loss))
-    report("loss", slow, fast)
+    dense = torch.randn(texts, vocabulary, device=args.device)
+    sparse = dense * (torch.rand_like(dense) < args.active / vocabulary)
+    rows = hidden.detach()[mask][:int(0.4 * mask.sum())].requires_grad_()
+    targets = torch.randint(0, vocabulary, rows.shape[:1], device=args.device)
+    pooled, labelled = [hidden, weight, bias, mask], [rows, weight, bias, targets]
+    cases = {"forward": (max_logits, plain, pooled, None), "pretrain": (max_logits, plain, pooled, dense),
+             "finetune": (max_logits, plain, pooled, sparse),
+             "loss": (fused_loss, plain_loss, labelled, torch.ones((), device=args.device))}
+    figures = {}
+    for case, (fused, full, inputs, grad) in cases.items():
+        runs = {name: partial(step, head, inputs, grad, args)
+                for name, head in (("fused", fused), ("full logits", full))}
+        compare(case, *(run() for run in runs.values()), args)
+        sides = [common.Side(name, run, float(mask.sum()), "tokens/s") for name, run in runs.items()]
+        figures |= {f"{case}: {name}": row for name, row in common.in_turn(sides, args.rounds, args.device).items()}
+    common.report("LM head", figures, args, size=args.size, texts=texts, longest=hidden.shape[1],
+                  tokens=int(mask.sum()), precision="bf16" if args.bf16 else "fp32")
+
+
+def head_inputs(args: argparse.Namespace, folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the head of a BERT of random weights gets for real passages: hidden [B, L, H], weight [V, H], bias [V], mask
+    of text tokens [B, L]."""
+    sample, model = common.inputs(args, args.batch, folder)
+    words, lm = common.tokenizer.load(model), backbone.load_masked_lm(str(model)).to(args.device)
+    read = words(sample, padding=True, return_special_tokens_mask=True, return_tensors="pt").to(args.device)
+    with torch.no_grad():
+        hidden = backbone.transform(lm, backbone.hidden_states(lm, read["input_ids"], read["attention_mask"]))
+    weight, bias = (tensor.detach().clone().requires_grad_() for tensor in backbone.output_matrix(lm))
+    return hidden.requires_grad_(), weight, bias, read["special_tokens_mask"] == 0
+
+
+def compare(case: str, own: list[Tensor], other: list[Tensor], args: argparse.Namespace) -> None:
+    """Exit where results or gradients differ. Where two tokens have the same maximum but for rounding, either may get
+    the gradient: a few entries of many in float32, so many in bfloat16 that only lengths are compared."""
+    for place, (one, two) in enumerate(zip(own, other, strict=True)):
+        one, two = one.detach().double(), two.detach().double()
+        difference = (one.norm() - two.norm()).abs() if args.bf16 else (one - two).norm()
+        common.refuse_difference(f"results of {case}", float(difference / two.norm()),
+                                 0.02 if args.bf16 or place else 1e-4)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Search engines side by side on made-up vectors: building, size, speed, latency, recall; one thread each.
+"""Search engines side by side: building, size, speed, latency, recall; one thread each.
 
-    python benchmarks/bench_search.py [--documents 50000] [--queries 500] [--hits 10 1000]
-        [--engines exact naver splade-index scipy anserini seismic] [--rounds 3] [--json FILE]
+    python benchmarks/bench_search.py [--vectors DIR] [--documents 50000] [--queries 500] [--hits 10 1000]
+        [--engines exact naver splade-index scipy anserini seismic] [--rounds 3] [--json NAME]
 
-The vectors are those of `synthetic.py` (119 terms a document, 35 a query). Times are the processor seconds of this
+`--vectors DIR` takes the vectors of `tools/encode.py` in `DIR/docs` and `DIR/queries`, all of them where `--documents`
+and `--queries` do not say how many of the first. Without it they are made up: those of `synthetic.py` (119 terms a
+document, 35 a query). Times are the processor seconds of this
 process, so that other programs on the machine disturb them less; wall time is printed beside them. The engines take
 turns in each round, and the best round counts. Anserini's is a Java process, of which only its own report (wall time)
 is known. Latency is that of queries one by one, where the engine can be called so.
@@ -25,6 +27,7 @@ import argparse  # noqa: E402
 import importlib.metadata  # noqa: E402
 import json  # noqa: E402
 import platform  # noqa: E402
+import re  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
@@ -34,7 +37,8 @@ import numpy as np  # noqa: E402
 import synthetic  # noqa: E402
 from search_peers import PEERS, Missing, Peer, part, processor  # noqa: E402
 
-from lexmae import artifact  # noqa: E402
+from lexmae import artifact, cli  # noqa: E402
+from lexmae.errors import InputError  # noqa: E402
 from lexmae.retrieval.vectors import SparseVectors  # noqa: E402
 
 VERSIONS = ("numpy", "numba", "scipy", "splade-index", "pyserini", "pyseismic-lsr")
@@ -43,11 +47,11 @@ VERSIONS = ("numpy", "numba", "scipy", "splade-index", "pyserini", "pyseismic-ls
 def main() -> None:
     """Build all, take turns, check, print."""
     options = parse()
-    docs = synthetic.vectors("docs", options.documents, options.seed)
-    queries = synthetic.vectors("queries", options.queries, options.seed)
+    docs, queries = load(options)
     places = {"--json", options.json, "--folder", options.folder}
     arguments = [argument for argument in sys.argv[1:] if argument not in places]
     result = {"command": " ".join(["python", "benchmarks/bench_search.py", *arguments]), **machine(),
+              "vectors": fingerprints(docs, queries),
               "documents": len(docs), "queries": len(queries), "terms": [docs.mean_active, queries.mean_active],
               "engines": {}, "missing": {}}
     print(f"{result['command']}\n{result['hardware']}; load {result['load']}; {result['versions']}\n"
@@ -63,7 +67,7 @@ def main() -> None:
     for name, reason in result["missing"].items():
         print(f"{name}: {reason}")
     if options.json:
-        with artifact.atomic_file(options.json) as out:
+        with artifact.atomic_file(json_path(options.json)) as out:
             json.dump(result, out, indent=1)
             out.write("\n")
 
@@ -71,16 +75,46 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=50_000)
-    parser.add_argument("--queries", type=int, default=500)
+    parser.add_argument("--vectors", metavar="DIR", help="folder with the vectors docs and queries of tools/encode.py")
+    parser.add_argument("--documents", type=int, help="all of DIR, or 50000 made up")
+    parser.add_argument("--queries", type=int, help="all of DIR, or 500 made up")
     parser.add_argument("--hits", type=int, nargs="+", default=[10, 1000])
     parser.add_argument("--engines", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", type=int, default=50, help="queries whose hits are compared with the true scores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where indexes are put meanwhile (the system's temporary folder)")
-    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--json", metavar="NAME", nargs="?", const="bench_search",
+                        help="write the record to results/NAME.json, or to a path")
     return parser.parse_args()
+
+
+def load(options: argparse.Namespace) -> tuple[SparseVectors, SparseVectors]:
+    """Documents and queries: of a folder, or made up."""
+    if options.vectors is None:
+        return (synthetic.vectors("docs", options.documents or 50_000, options.seed),
+                synthetic.vectors("queries", options.queries or 500, options.seed))
+    docs, queries = (SparseVectors.open(Path(options.vectors) / side, side) for side in ("docs", "queries"))
+    if docs.vocabulary != queries.vocabulary:
+        raise InputError("documents and queries have different vocabularies", options.vectors)
+    return first(docs, options.documents), first(queries, options.queries)
+
+
+def first(vectors: SparseVectors, count: int | None) -> SparseVectors:
+    """The first ``count`` texts, in the order of their ids, which is that of the engines' rows."""
+    order = sorted(range(len(vectors) if count is None else min(count, len(vectors))), key=lambda row: vectors.ids[row])
+    found = vectors.subset(order)
+    return SparseVectors(found.ids, *found.csr, found.vocabulary, found.extra, vectors.fingerprint)
+
+
+def fingerprints(docs: SparseVectors, queries: SparseVectors) -> dict[str, str]:
+    """Of the artifacts; empty for made-up vectors."""
+    return {name: part.fingerprint for name, part in (("docs", docs), ("queries", queries)) if part.fingerprint}
+
+
+def json_path(name: str) -> Path:
+    """A plain name is a file of results/."""
+    return Path(__file__).parent / "results" / f"{name}.json" if re.fullmatch(r"[\w-]+", name) else Path(name)
 
 
 def machine() -> dict:
@@ -167,4 +201,4 @@ def table(results: dict, k: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(lambda argv: main())

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -32,7 +33,8 @@ from lexmae.model.encoder import save_masked_lm
 
 RESULTS = Path(__file__).parent / "results"
 MEAN_TOKENS, MAX_TOKENS = 77, 144  # MS MARCO passages under BERT's WordPiece
-PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "numpy", "numba")
+VOCABULARY, VOCABULARY_PASSAGES = 30522, 3000
+PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate", "datasets", "numpy", "numba")
 SIZES = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "mini": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -49,28 +51,58 @@ def make_parser(description: str | None, **defaults: int) -> argparse.ArgumentPa
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn; default 3")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16, both sides")
-    parser.add_argument("--json", metavar="FILE", help="write the record there")
+    parser.add_argument("--json", metavar="NAME", nargs="?", const=Path(sys.argv[0]).stem,
+                        help="write the record to results/NAME.json, or to a path; without NAME the script's")
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
     return parser
 
 
-def texts(source: str | None, count: int, folder: Path, seed: int = 0) -> list[str]:
-    """``count`` passages cut to lengths drawn from a log-normal distribution with MS MARCO's mean, 144 at most.
+def inputs(args: argparse.Namespace, count: int, folder: Path) -> tuple[list[str], Path]:
+    """``count`` passages of ``--input`` in MS MARCO's lengths, and the model folder of ``--size`` that reads them."""
+    collection = source(args.input, folder)
+    words = wordpiece(collection)
+    return texts(collection, draw_lengths(count), words), model_folder(folder, args.size, words)
 
-    A text that is too short goes on with the next one. Three words count as four tokens.
+
+def source(given: str | None, folder: Path) -> str:
+    """The collection of ``--input``, or the built-in one, made in ``folder``."""
+    if given is not None:
+        return given
+    built = folder / "builtin"
+    if not artifact.exists(built):
+        build(built)
+    return str(built)
+
+
+def wordpiece(source: str) -> Any:
+    """A WordPiece of BERT's kind, trained on the first passages of a collection."""
+    def passages() -> Iterator[str]:
+        return (passage.text for passage in itertools.islice(Corpus.open(source).passages(), VOCABULARY_PASSAGES))
+
+    return tokenizer.train(passages, VOCABULARY)
+
+
+def texts(source: str, lengths: np.ndarray, words: Any) -> list[str]:
+    """Passages of a collection, of which passage ``i`` has at most ``lengths[i]`` tokens with title and special tokens.
+
+    It is cut after the last whole word that fits; one that is too short goes on with the next passage. A passage
+    without a title has a `-` in its place in our shards: four tokens are not the text's.
     """
-    if source is None:
-        source = str(folder / "builtin")
-        if not artifact.exists(source):
-            build(source)
-    def words() -> Iterator[str]:
+    def stream() -> Iterator[str]:
         while True:
             yield from (word for passage in Corpus.open(source).passages() for word in passage.text.split())
 
-    stream = words()
-    lengths = draw_lengths(count, seed).tolist()
-    return [" ".join(itertools.islice(stream, max(1, length * 3 // 4))) for length in lengths]
+    found, word = [], stream()
+    for length in lengths.tolist():
+        text = " ".join(itertools.islice(word, length))
+        read = words(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends, ids = read["offset_mapping"], read.word_ids()
+        last = min(length - 4, len(ends))
+        while 0 < last < len(ids) and ids[last] == ids[last - 1]:  # not within a word
+            last -= 1
+        found.append(text[:ends[max(last, 1) - 1][1]])
+    return found
 
 
 def draw_lengths(count: int, seed: int = 0) -> np.ndarray:
@@ -80,20 +112,17 @@ def draw_lengths(count: int, seed: int = 0) -> np.ndarray:
     return np.clip(np.rint(drawn), 8, MAX_TOKENS).astype(np.int64)
 
 
-def model_folder(folder: Path, size: str, sample: list[str], vocabulary: int = 30522) -> Path:
-    """A BERT of random weights with a WordPiece trained on the texts, as a Hugging Face folder.
+def model_folder(folder: Path, size: str, words: Any) -> Path:
+    """A BERT of random weights with this tokenizer, as a Hugging Face folder.
 
-    Weights and words do not change how long a step takes. The vocabulary of the model has BERT's size whatever the
-    texts support.
+    Weights and words do not change how long a step takes. The model's vocabulary has BERT's size whatever the texts
+    support.
     """
     target = folder / f"bert-{size}"
-    if (target / "config.json").is_file():
-        return target
-    words = tokenizer.train(lambda: sample, vocabulary)
     words.save_pretrained(folder / "tokenizer")
     special = {name: getattr(words, f"{name}_token_id") for name in ("pad", "unk", "cls", "sep", "mask")}
     torch.manual_seed(0)
-    lm = backbone.create_masked_lm("bert", vocabulary, special, {**SIZES[size], "max_position_embeddings": 512,
+    lm = backbone.create_masked_lm("bert", VOCABULARY, special, {**SIZES[size], "max_position_embeddings": 512,
                                                                "hidden_dropout_prob": 0.0,
                                                                "attention_probs_dropout_prob": 0.0})
     # A peer that knows one text has one segment, lexmae has two: made equal, both compute the same.
@@ -112,31 +141,61 @@ class Side:
     unit: str
 
 
-def in_turn(sides: list[Side], rounds: int, device: str) -> dict[str, dict[str, Any]]:
-    """Run every side once to warm up, then ``rounds`` times in turn A B A B …; figures by the sides' names.
+class Clock:
+    """Seconds and peak memory of sides that run in turn.
 
-    The ratio is that of the first side's speed to each other's, as the median over the rounds.
+    Args:
+        sides: the first is the one that the others are compared with.
     """
-    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
-    memory: dict[str, float] = dict.fromkeys(seconds, 0.0)
+
+    def __init__(self, sides: list[Side], device: str):
+        self.sides, self.device = sides, device
+        self._seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+        self._memory: dict[str, float] = dict.fromkeys(self._seconds, 0.0)
+
+    @contextmanager
+    def run(self, side: Side, counts: bool = True) -> Iterator[None]:
+        """Times what the block does for a side; its memory counts also where its time does not."""
+        with peak_memory(self.device) as peak:
+            start = time.perf_counter()
+            yield
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            spent = time.perf_counter() - start
+        self._memory[side.name] = max(self._memory[side.name], peak())
+        if counts:
+            self._seconds[side.name].append(spent)
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """By the sides' names. The ratio is that of the first side's speed to each other's, as the median over the
+        rounds; the spread that between the slowest and the fastest round."""
+        own = self._seconds[self.sides[0].name]
+        found = {}
+        for side in self.sides:
+            seconds = self._seconds[side.name]
+            median, ratios = statistics.median(seconds), [t / o for t, o in zip(seconds, own, strict=True)]
+            found[side.name] = {
+                "seconds": [round(s, 4) for s in seconds], "speed": side.work / median, "unit": side.unit,
+                "ratio": statistics.median(ratios), "ratios": [round(r, 3) for r in ratios],
+                "spread": (max(seconds) - min(seconds)) / median, "peak_mib": round(self._memory[side.name], 1)}
+        return found
+
+
+def in_turn(sides: list[Side], rounds: int, device: str) -> dict[str, dict[str, Any]]:
+    """Run every side once to warm up, then ``rounds`` times in turn A B A B …; the figures of a ``Clock``."""
+    clock = Clock(sides, device)
     for turn in range(rounds + 1):
         for side in sides:
-            with peak_memory(device) as peak:
-                start = time.perf_counter()
+            with clock.run(side, counts=turn > 0):
                 side.run()
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                spent = time.perf_counter() - start
-            memory[side.name] = max(memory[side.name], peak())
-            if turn:
-                seconds[side.name].append(spent)
-    own = seconds[sides[0].name]
-    return {side.name: {
-        "seconds": [round(s, 4) for s in seconds[side.name]],
-        "speed": side.work / statistics.median(seconds[side.name]), "unit": side.unit,
-        "ratio": statistics.median(theirs / ours for theirs, ours in zip(seconds[side.name], own, strict=True)),
-        "spread": (max(seconds[side.name]) - min(seconds[side.name])) / statistics.median(seconds[side.name]),
-        "peak_mib": round(memory[side.name], 1)} for side in sides}
+    return clock.figures()
+
+
+def refuse_difference(what: str, difference: float, allowed: float) -> float:
+    """Exit where two sides do not compute the same; returns the difference."""
+    if not difference <= allowed:
+        sys.exit(f"the sides do not compute the same: {what} differ by {difference:.2e}, allowed is {allowed:.0e}")
+    return difference
 
 
 @contextmanager
@@ -170,11 +229,16 @@ def _resident() -> float:
 
 
 def report(title: str, figures: dict[str, dict[str, Any]], args: argparse.Namespace, **facts: Any) -> None:
-    """Print the table, and write the record where ``--json`` says."""
-    record = {"benchmark": title, "command": " ".join([Path(sys.executable).name, *sys.argv]),
-              "date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions(),
-              "threads": torch.get_num_threads(), "facts": facts, "figures": figures}
-    print(f"\n{title}\n{record['hardware']}; {record['threads']} threads; "
+    """Print the table, and write the record where ``--json`` says.
+
+    Args:
+        figures: of a ``Clock``; those of several cases under the names `case: side`.
+    """
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    record = {"benchmark": title, "command": command, "date": time.strftime("%Y-%m-%d"), "hardware": hardware(),
+              "load": round(os.getloadavg()[0], 2), "versions": versions(), "threads": torch.get_num_threads(),
+              "facts": facts, "figures": figures}
+    print(f"\n{title}\n{command}\n{record['hardware']}; {record['threads']} threads; load {record['load']}; "
           + ", ".join(f"{name} {number}" for name, number in record["versions"].items()))
     print("; ".join(f"{name} {value}" for name, value in facts.items()))
     width = max(map(len, figures))
@@ -182,7 +246,8 @@ def report(title: str, figures: dict[str, dict[str, Any]], args: argparse.Namesp
         print(f"{name:{width}}  {row['speed']:12,.1f} {row['unit']:10}  ratio {row['ratio']:6.2f}  "
               f"spread {row['spread']:5.1%}  peak {row['peak_mib']:8.0f} MiB")
     if args.json:
-        with artifact.atomic_file(args.json) as out:
+        path = RESULTS / f"{args.json}.json" if re.fullmatch(r"[\w-]+", args.json) else Path(args.json)
+        with artifact.atomic_file(path) as out:
             json.dump(record, out, indent=1)
             out.write("\n")
 

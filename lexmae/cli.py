@@ -15,13 +15,10 @@ from tqdm import tqdm
 
 from lexmae.errors import InputError, Preempted, RunError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk
 # Environment of a launcher: rank, number of ranks, rank and number of ranks on this host, number of hosts.
 _LAUNCHERS = [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
                "OMPI_COMM_WORLD_LOCAL_SIZE", ""),
               ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "", "SLURM_NNODES")]
-
-
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk
 _WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 _NO_ROOM = os.strerror(errno.ENOSPC)
@@ -42,8 +39,8 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[..., int | None], argv: list[str] | None = None) -> NoReturn:
-    """Run a command's ``main(argv)`` and exit: 0, its own code, 1 where it cannot go on (a full disk), 2 for bad input, 75
-    for a run that was asked to stop and may be continued, 130 for Ctrl-C."""
+    """Run a command's ``main(argv)`` and exit: 0, its own code, 1 where it cannot go on (a full disk), 2 for bad input,
+    75 for a run that was asked to stop and may be continued, 130 for Ctrl-C."""
     _adopt_launcher()
     try:
         code = main(argv)

@@ -50,3 +50,21 @@ def test_bench_search(tmp_path):
     assert set(result["engines"]) | set(result["missing"]) == {"exact", "naver", "scipy", "splade-index"}
     for found in result["engines"].values():
         assert found["1000"]["recall"] == 1 and found["10"]["wrong"] == 0 and found["10"]["queries_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_bench_search_on_vectors_of_texts(tmp_path, synthetic):
+    """Ids that are no numbers and stand in no order, queries without any hit among them."""
+    docs, queries = synthetic.vectors("docs", 700), synthetic.vectors("queries", 12)
+    for side, made in (("docs", docs), ("queries", queries)):
+        made.ids = [f"{name}/é" for name in np.random.default_rng(1).permutation(made.ids)]
+        made.save(tmp_path / "v" / side)
+    subprocess.run([sys.executable, BENCHMARKS / "bench_search.py", "--vectors", tmp_path / "v", "--documents", "600",
+                    "--rounds", "1", "--check", "12", "--hits", "10", "--json", tmp_path / "r.json"],
+                   check=True, capture_output=True, text=True)
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["documents"] == 600 and result["queries"] == 12 and result["vectors"].keys() == {"docs", "queries"}
+    assert set(result["engines"]) | set(result["missing"]) == {"exact", "naver", "splade-index", "scipy", "anserini",
+                                                               "seismic"}
+    for name, found in result["engines"].items():
+        assert found["10"]["recall"] >= (0.9 if name == "seismic" else 1) and not found["10"]["wrong"]

@@ -90,8 +90,9 @@ def test_a_stopped_run_goes_on_with_what_is_missing(model_dir, shards_dir, tmp_p
 
 
 def test_refusals(model_dir, shards_dir, tmp_path):
-    with pytest.raises(InputError, match="top-k is for lexicon"):
-        encode_dense.encode(model_dir, shards_dir, tmp_path / "v", EncodeConfig("docs", top_k=3), "cls")
+    for config in (EncodeConfig("docs", top_k=3), EncodeConfig("docs", threshold=0.1)):
+        with pytest.raises(InputError, match="top-k and threshold are for lexicon vectors"):
+            encode_dense.encode(model_dir, shards_dir, tmp_path / "v", config, "cls")
     with pytest.raises(InputError, match="unknown representation 'mean'"):
         encode_dense.encode(model_dir, shards_dir, tmp_path / "v", DOCS, "mean")
     with pytest.raises(InputError, match="no queries of the split"):

@@ -103,6 +103,64 @@ def test_the_size_of_batches_changes_nothing(model_dir, shards_dir, expected, tm
     assert close(rows(SparseVectors.open(tmp_path / "v")), expected)
 
 
+def test_the_size_of_batches_hardly_changes_the_values(model_dir, tiny_shards, tmp_path):
+    """Within 1e-3 of each other in float32, before rounding."""
+    encoder, found = SparseEncoder.load(model_dir).eval(), []
+    for batch_tokens in (1, 64, 10000):
+        job = encode.TextJob(encoder, tiny_shards, tiny_shards.docs, tmp_path, EncodeConfig("docs", None, None,
+                                                                                           batch_tokens))
+        values = np.empty((16, tiny_shards.vocab_size), np.float32)
+        for batch in job.batches(1):
+            with torch.inference_mode():
+                values[batch] = job.compute(job.read(1, batch)).numpy()
+        found.append(values)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k, threshold", [(None, 0.4), (3, None), (4, 0.7)])
+def test_a_threshold_leaves_small_weights_out(model_dir, shards_dir, expected, tmp_path, top_k, threshold):
+    config = EncodeConfig("docs", top_k=top_k, batch_tokens=100, threshold=threshold)
+    encode.encode(model_dir, shards_dir, tmp_path / "v", config)
+    found = SparseVectors.open(tmp_path / "v")
+    assert found.weights.min() >= (threshold or 0) * 100 and found.extra["threshold"] == threshold
+    wanted = {name: sorted([p for p in pairs if p[1] >= (threshold or 0) * 100], key=lambda p: (-p[1], p[0]))[:top_k]
+              for name, pairs in expected.items() if name.startswith("d")}
+    same = sum(set(pairs) == set(wanted[name]) for name, pairs in rows(found).items())
+    assert same >= len(found) - 3  # but for roundings that the order of additions decides
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 7, 300])
+@pytest.mark.parametrize("threshold", [None, 0.5, 0.29])
+def test_what_is_selected_on_the_device_is_what_quantise_keeps(top_k, threshold):
+    random = np.random.default_rng(1)
+    values = (random.exponential(1.0, (20, 300)) * (random.random((20, 300)) < 0.4)).astype(np.float32)
+    values[:5] = np.round(values[:5], 1)  # equal weights
+    values[7], values[8, 0] = 0, 700  # nothing; more than 16 bits
+    counts, terms, weights, good = (t.numpy() for t in encode.select(torch.from_numpy(values), top_k, threshold))
+    least = 0.0 if threshold is None else round(threshold * 100)
+    wanted = vectors.quantise(np.where(np.rint(values * np.float32(100)) >= least, values, 0), 9, top_k=top_k)
+    for one, other in zip(vectors.pack(counts, terms, weights, 9, top_k), wanted, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+    assert good.all() and 9 in wanted.indices[wanted.indptr[7]:wanted.indptr[8]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_a_bad_vector_names_its_text(model_dir, shards_dir, tmp_path, monkeypatch, bad):
+    compute = encode.TextJob.compute
+
+    def spoilt(self, batch):
+        values = compute(self, batch).clone()
+        values[-1, 5] = bad
+        return values
+
+    monkeypatch.setattr(encode.TextJob, "compute", spoilt)
+    with pytest.raises(InputError, match=r"gives 'd\d+' a vector that is not finite"):
+        encode.encode(model_dir, shards_dir, tmp_path / "v", DOCS)
+    assert not list((tmp_path / "v.partial").glob("*.arrow"))
+
+
 def test_batches_hold_every_text_once_and_fit(tiny_shards):
     lengths = tiny_shards.docs.lengths
     batches = list(blocks.by_length(lengths, 100))
@@ -131,15 +189,15 @@ class Stopped(Exception):
 
 def interrupt(monkeypatch, after: int) -> None:
     """Let so many batches through before the run is stopped."""
-    forward, seen = encode._forward, []
+    compute, seen = encode.TextJob.compute, []
 
     def limited(*args):
         if len(seen) == after:
             raise Stopped
         seen.append(None)
-        return forward(*args)
+        return compute(*args)
 
-    monkeypatch.setattr(encode, "_forward", limited)
+    monkeypatch.setattr(encode.TextJob, "compute", limited)
     return seen
 
 
@@ -186,13 +244,15 @@ def other_model(path: Path, shards_dir: Path) -> Path:
     return write_model(path, shards_dir, seed=1)
 
 
-@pytest.mark.parametrize("change", ["top_k", "model", "side", "block", "nothing known"])
+@pytest.mark.parametrize("change", ["top_k", "threshold", "model", "side", "block", "nothing known"])
 def test_what_was_begun_otherwise_is_discarded(model_dir, shards_dir, tmp_path, monkeypatch, change, capsys):
     model, config = model_dir, DOCS
     partial = stop_early(model_dir, shards_dir, tmp_path / "v", monkeypatch)
     (partial / "mark").write_text("")
     if change == "top_k":
         config = EncodeConfig("docs", top_k=3, batch_tokens=100)
+    elif change == "threshold":
+        config = EncodeConfig("docs", batch_tokens=100, threshold=0.5)
     elif change == "model":
         model = other_model(tmp_path / "other", shards_dir)
     elif change == "side":
@@ -240,8 +300,10 @@ def test_overwriting_replaces_a_finished_output(model_dir, shards_dir, tmp_path,
     assert artifact.read(whole).fingerprint != before and artifact.read(whole).extra["top_k"] == 2
 
 
+@pytest.mark.parametrize("config", [DOCS, EncodeConfig("docs", None, 4, 57, threshold=0.2)])
 @pytest.mark.parametrize("world", [2, 4])  # of four ranks one has nothing to do
-def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, monkeypatch, whole, world):
+def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, monkeypatch, world, config):
+    encode.encode(model_dir, shards_dir, tmp_path / "whole", config)
     local, barrier = threading.local(), threading.Barrier(world)
 
     @contextlib.contextmanager
@@ -255,11 +317,11 @@ def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, m
 
     def work(rank: int) -> None:
         local.rank = rank
-        encode.encode(model_dir, shards_dir, tmp_path / "v", DOCS)
+        encode.encode(model_dir, shards_dir, tmp_path / "v", config)
 
     with ThreadPoolExecutor(world) as pool:
         list(pool.map(work, range(world)))
-    assert content(tmp_path / "v") == content(whole)
+    assert content(tmp_path / "v") == content(tmp_path / "whole")
 
 
 RANKS = """

@@ -197,16 +197,16 @@ class Stopped(Exception):
 
 def stop_early(monkeypatch, run, after: int = 9) -> None:
     """Let so many batches through before the run is stopped."""
-    forward, seen = score._Scoring._forward, []
+    compute, seen = score._Scoring.compute, []
 
     def limited(*args):
         if len(seen) == after:
             raise Stopped
         seen.append(None)
-        return forward(*args)
+        return compute(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(score._Scoring, "_forward", limited)
+        patch.setattr(score._Scoring, "compute", limited)
         run()
 
 

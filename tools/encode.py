@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> None:
                         help="sparse vectors over the vocabulary, or dense ones for the engine faiss: LexMAE's "
                              "bottleneck, or the last hidden state of [CLS]")
     parser.add_argument("--top-k", type=int, help="keep the k largest weights of each text")
-    parser.add_argument("--batch-tokens", type=int, default=16384, help="padded tokens per batch")
+    parser.add_argument("--threshold", type=float, help="leave out weights below this; the smallest weight is 0.01")
+    parser.add_argument("--batch-tokens", type=int, default=16384, help="most tokens of a batch, padding included")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                         help="auto is bf16 on a GPU that has it, fp32 elsewhere")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
@@ -31,13 +32,15 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.side == "queries" and not options.split:
         raise InputError("--side queries needs --split")
+    if options.threshold is not None and not 0 < options.threshold < float("inf"):
+        raise InputError("--threshold must be above 0")
     if options.top_k is not None and options.top_k < 1 or options.batch_tokens < 1:
         raise InputError("--top-k and --batch-tokens must be at least 1")
 
     from lexmae.retrieval import encode, encode_dense  # torch, once the arguments are known to be good
 
     config = encode.EncodeConfig(options.side, options.split if options.side == "queries" else None, options.top_k,
-                                 options.batch_tokens, options.precision)
+                                 options.batch_tokens, options.precision, options.threshold)
     if options.representation == "lexicon":
         encode.encode(options.model, options.data, options.output, config, overwrite=options.overwrite)
     else:

@@ -4,7 +4,7 @@ The texts are cut into blocks of fixed size, whatever the number of ranks; block
 and becomes one part file. A run that was stopped goes on with the blocks that are missing, also on another number of
 ranks, and the result is the same.
 
-Shapes: B sequences, L tokens, V vocabulary.
+Shapes: B sequences, L tokens, V vocabulary, P weights that are kept.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lexmae import artifact
 from lexmae.cli import progress, say
-from lexmae.data.batches import read_texts
+from lexmae.data.batches import TextBatch, read_texts
 from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
 from lexmae.model.encoder import SparseEncoder
 from lexmae.ranks import together
-from lexmae.retrieval import blocks, vectors, vocabularies
+from lexmae.retrieval import blocks, flow, vectors, vocabularies
 
 BLOCK = 4096  # texts per part
 
@@ -37,6 +38,7 @@ class EncodeConfig:
         side: ``docs`` or ``queries``.
         split: of the queries.
         top_k: keep this many of the largest weights of each text.
+        threshold: leave out weights below this, in the units of the vectors (an integer weight is 100 times that).
         batch_tokens: padded tokens per batch.
         precision: ``fp32``, ``bf16``, ``fp16`` or ``auto`` (bf16 on a GPU that has it, fp32 elsewhere).
     """
@@ -46,6 +48,7 @@ class EncodeConfig:
     top_k: int | None = None
     batch_tokens: int = 16384
     precision: str = "auto"
+    threshold: float | None = None
 
 
 def encode(model: str | Path, shards: str | Path, output: str | Path, config: EncodeConfig, *,
@@ -63,14 +66,15 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=made_with)
         name = blocks.precision(config.precision, device)
         state = {"model": made_with or str(model), "shards": opened.manifest.fingerprint, "side": config.side,
-                 "split": config.split, "top_k": config.top_k, "precision": name, "block": BLOCK}
+                 "split": config.split, "top_k": config.top_k, "threshold": config.threshold, "precision": name,
+                 "block": BLOCK}
         partial, there = blocks.open_partial(output, state, hosts)
         encoder = SparseEncoder.load(model, side=config.side).to(device).eval()
         vocabularies.refuse_longer_texts(encoder, table, model)
         own = blocks.own(len(table), BLOCK, rank, world)
         missing = blocks.missing(own, there, lambda block: vectors.part_name(0, block))
         start = time.perf_counter()
-        done = _encode_blocks(encoder, opened, table, missing, partial, config, blocks.PRECISIONS[name], device)
+        done = _SparseJob(encoder, opened, table, partial, config).run(missing, device, blocks.PRECISIONS[name])
         seconds = time.perf_counter() - start
         blocks.collect(hosts, partial, -(-len(table) // BLOCK))
         if rank == 0:
@@ -100,35 +104,84 @@ def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, S
     return opened.queries(config.split), opened
 
 
-@torch.inference_mode()
-def _encode_blocks(encoder: torch.nn.Module, shards: Shards, table: TokenTable, missing: Sequence[int], partial: Path,
-                   config: EncodeConfig, dtype: torch.dtype | None, device: torch.device) -> int:
-    """Encode these blocks; returns the number of texts encoded."""
-    done = 0
-    sizes = {b: min(BLOCK, len(table) - b * BLOCK) for b in missing}
-    bar = progress(total=sum(sizes.values()), desc=f"encode {config.side}", unit="texts")
-    for block in missing:
-        rows = np.arange(block * BLOCK, block * BLOCK + sizes[block])
-        pieces, order = [], []
-        for batch in blocks.by_length(table.lengths[rows], config.batch_tokens):
-            values = _forward(encoder, shards, table, rows[batch], dtype, device)
-            pieces.append(vectors.quantise(values, shards.special.unk, top_k=config.top_k))
-            order.append(batch)
-            bar.update(len(batch))
-        csr = _reorder(pieces, np.concatenate(order))
-        vectors.write_part(partial / vectors.part_name(0, block), table.ids(rows), *csr, n_terms=shards.vocab_size)
-        done += len(rows)
-    bar.close()
-    return done
+class TextJob:
+    """The texts of a table in blocks of BLOCK through an encoder; ``flow.Job`` but for what becomes of its vectors."""
+
+    def __init__(self, encoder: torch.nn.Module, shards: Shards, table: TokenTable, partial: Path,
+                 config: EncodeConfig):
+        self.encoder, self.shards, self.table, self.partial, self.config = encoder, shards, table, partial, config
+
+    def rows(self, block: int) -> np.ndarray:
+        """The rows of the table that are a block."""
+        return np.arange(block * BLOCK, min((block + 1) * BLOCK, len(self.table)))
+
+    def batches(self, block: int) -> list[np.ndarray]:
+        """Positions in the block, by length."""
+        return list(blocks.by_length(self.table.lengths[self.rows(block)], self.config.batch_tokens))
+
+    def read(self, block: int, batch: np.ndarray) -> TextBatch:
+        """The padded texts."""
+        return read_texts(self.shards, self.table, self.rows(block)[batch])
+
+    def compute(self, batch: TextBatch) -> Tensor:
+        """The encoder's vectors."""
+        return self.encoder(**batch.arguments())
+
+    def refuse_bad(self, rows: np.ndarray, good: np.ndarray) -> None:
+        """InputError names the first text whose vector is not ``good``."""
+        if not good.all():
+            name = self.table.ids(rows[[int(np.argmin(good))]])[0]
+            raise InputError(f"the model gives '{name}' a vector that is not finite; try --precision fp32")
+
+    def run(self, missing: Sequence[int], device: torch.device, dtype: torch.dtype | None) -> int:
+        """Encode these blocks; returns the number of their texts."""
+        texts = sum(len(self.rows(block)) for block in missing)
+        with progress(total=texts, desc=f"encode {self.config.side}", unit="texts") as bar:
+            flow.run(self, missing, device, dtype, bar.update)
+        return texts
 
 
-def _forward(encoder: torch.nn.Module, shards: Shards, table: TokenTable, rows: np.ndarray, dtype: torch.dtype | None,
-             device: torch.device) -> np.ndarray:
-    """Lexicon vectors float32 [B, V] of the texts in ``rows``."""
-    text = read_texts(shards, table, rows).to(device)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        values = encoder(**text.arguments())
-    return values[:, :shards.vocab_size].float().cpu().numpy()
+class _SparseJob(TextJob):
+    """Lexicon vectors, one Arrow file for each block."""
+
+    def select(self, values: Tensor) -> tuple[Tensor, ...]:
+        return select(values[:, :self.shards.vocab_size].float(), self.config.top_k, self.config.threshold)
+
+    def receive(self, block: int, batch: np.ndarray, arrays: tuple[np.ndarray, ...]) -> vectors.Csr:
+        counts, terms, weights, good = arrays
+        self.refuse_bad(self.rows(block)[batch], good)
+        return vectors.pack(counts, terms, weights, self.shards.special.unk, self.config.top_k)
+
+    def write(self, block: int, batches: list[np.ndarray], kept: list[vectors.Csr]) -> None:
+        csr = _reorder(kept, np.concatenate(batches))
+        vectors.write_part(self.partial / vectors.part_name(0, block), self.table.ids(self.rows(block)), *csr,
+                           n_terms=self.shards.vocab_size)
+
+
+def select(values: Tensor, top_k: int | None = None, threshold: float | None = None) -> tuple[Tensor, ...]:
+    """The weights of lexicon vectors that are kept, found on the device where the vectors are.
+
+    Args:
+        values: float32 [B, V].
+        top_k: keep the largest weights of each row; all that equal the last of them are selected, and
+            ``vectors.pack`` chooses among those.
+        threshold: keep weights of at least this much, after rounding.
+
+    Returns:
+        how many are kept in each row, int32 [B]; their terms, int32 [P], row by row and ascending; their weights in
+        hundredths, float32 [P], rounded as ``vectors.quantise`` does; whether a row is finite and not negative, bool
+        [B].
+    """
+    smallest, largest = values.aminmax(dim=1)
+    weights = torch.round(values * vectors.SCALE)
+    least = torch.full((len(values), 1), vectors.least_weight(threshold), device=values.device)
+    if top_k is not None and top_k < values.shape[1]:
+        last = weights.topk(top_k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        least = torch.maximum(least, last)
+    kept = weights >= least
+    places = kept.flatten().nonzero().squeeze(1)
+    return (kept.sum(1, dtype=torch.int32), (places % values.shape[1]).int(), weights.flatten()[places],
+            (smallest >= 0) & largest.isfinite())
 
 
 def _reorder(pieces: list[vectors.Csr], order: np.ndarray) -> vectors.Csr:
@@ -145,6 +198,6 @@ def _finish(output: Path, partial: Path, shards: Shards, model: str | Path, sour
     vectors.write_vocabulary(partial, shards.vocabulary())
     draft = artifact.Draft(partial)
     vectors.describe(draft, side=state["side"], split=state["split"], top_k=state["top_k"],
-                     **vocabularies.facts(shards, state["side"]))
+                     threshold=state["threshold"], **vocabularies.facts(shards, state["side"]))
     blocks.finished(partial)
     artifact.seal(draft, output, vectors.KIND, inputs={"model": model, "shards": source}, config=state)

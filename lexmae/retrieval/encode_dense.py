@@ -8,15 +8,13 @@ Shapes: B sequences, H hidden size, R texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from lexmae import artifact
-from lexmae.cli import progress, say
-from lexmae.data.batches import read_texts
+from lexmae.cli import say
 from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
 from lexmae.model.dense import DenseEncoder
@@ -37,8 +35,8 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
     Raises:
         InputError: model, shards or split do not exist or do not belong together, or ``output`` exists.
     """
-    if config.top_k is not None:
-        raise InputError("top-k is for lexicon vectors: dense ones have no terms to leave out")
+    if config.top_k is not None or config.threshold is not None:
+        raise InputError("top-k and threshold are for lexicon vectors: dense ones have no terms to leave out")
     output = Path(output)
     with together():
         table, opened, made_with = sparse.open_inputs(model, shards, config)
@@ -53,7 +51,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         vocabularies.refuse_longer_texts(encoder, table, model)
         own = blocks.own(len(table), sparse.BLOCK, rank, world)
         missing = blocks.missing(own, there, part_name)
-        _encode_blocks(encoder, opened, table, missing, partial, config, blocks.PRECISIONS[name], device)
+        _DenseJob(encoder, opened, table, partial, config).run(missing, device, blocks.PRECISIONS[name])
         blocks.collect(hosts, partial, -(-len(table) // sparse.BLOCK))
         if rank == 0:
             _finish(output, partial, opened, table, encoder.dimensions, {"model": model, "shards": shards}, state)
@@ -66,31 +64,21 @@ def part_name(number: int) -> str:
     return f"part-{number:05d}.npy"
 
 
-@torch.inference_mode()
-def _encode_blocks(encoder: DenseEncoder, shards: Shards, table: TokenTable, missing: Sequence[int], partial: Path,
-                   config: EncodeConfig, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Encode the blocks whose part is missing."""
-    sizes = {b: min(sparse.BLOCK, len(table) - b * sparse.BLOCK) for b in missing}
-    with progress(total=sum(sizes.values()), desc=f"encode {config.side}", unit="texts") as bar:
-        for block in missing:
-            rows = np.arange(block * sparse.BLOCK, block * sparse.BLOCK + sizes[block])
-            found = np.empty((len(rows), encoder.dimensions), np.float32)
-            for batch in blocks.by_length(table.lengths[rows], config.batch_tokens):
-                text = read_texts(shards, table, rows[batch]).to(device)
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                    values = encoder(**text.arguments())
-                found[batch] = values.float().cpu().numpy()
-                bar.update(len(batch))
-            _refuse_bad(found, rows, table)
-            with artifact.atomic_file(partial / part_name(block), "wb") as out:
-                np.save(out, found)
+class _DenseJob(sparse.TextJob):
+    """Dense vectors, one matrix for each block."""
 
+    def select(self, values: Tensor) -> tuple[Tensor, ...]:
+        return values.float(),
 
-def _refuse_bad(found: np.ndarray, rows: np.ndarray, table: TokenTable) -> None:
-    good = np.isfinite(found).all(axis=1)
-    if not good.all():
-        name = table.ids(rows[[int(np.argmin(good))]])[0]
-        raise InputError(f"the model gives '{name}' a vector that is not finite; try --precision fp32")
+    def receive(self, block: int, batch: np.ndarray, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+        return arrays[0].copy()
+
+    def write(self, block: int, batches: list[np.ndarray], kept: list[np.ndarray]) -> None:
+        found = np.empty((len(self.rows(block)), self.encoder.dimensions), np.float32)
+        found[np.concatenate(batches)] = np.concatenate(kept)
+        self.refuse_bad(self.rows(block), np.isfinite(found).all(axis=1))
+        with artifact.atomic_file(self.partial / part_name(block), "wb") as out:
+            np.save(out, found)
 
 
 def _finish(output: Path, partial: Path, shards: Shards, table: TokenTable, dimensions: int,

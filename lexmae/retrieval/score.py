@@ -13,24 +13,25 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lexmae import artifact
 from lexmae.cli import progress, say
 from lexmae.data.negatives import Row, read_negatives, write_negatives
-from lexmae.data.pairs import read_pairs
+from lexmae.data.pairs import PairBatch, read_pairs
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import backbone
 from lexmae.model.reranker import KIND, CrossEncoder
 from lexmae.ranks import together
-from lexmae.retrieval import blocks, reports
+from lexmae.retrieval import blocks, flow, reports
 from lexmae.retrieval.runs import Run, read_run, write_run
 
 BLOCK = 64  # queries per part
@@ -102,8 +103,10 @@ def score(model: str | Path, shards: str | Path, output: str | Path, config: Sco
                  "depth": config.depth, "max_length": max_length, "precision": name, "block": BLOCK}
         hosts = blocks.hosts(output, **state)
         partial, there = blocks.open_partial(output, state, hosts)
-        scoring = _Scoring(scorer, opened, config, max_length, blocks.PRECISIONS[name], device)
-        figures = scoring.run(work, blocks.own(len(work.items), BLOCK, rank, world), partial, there)
+        missing = blocks.missing(blocks.own(len(work.items), BLOCK, rank, world), there,
+                                 lambda block: _part(partial, block).name)
+        scoring = _Scoring(scorer, opened, config, max_length, work, partial)
+        figures = scoring.run(missing, device, blocks.PRECISIONS[name])
         blocks.collect(hosts, partial, -(-len(work.items) // BLOCK))
         if rank == 0:
             _join(partial, output)
@@ -239,46 +242,70 @@ class Reranking:
 # ----------------------------------------------------------------------------------------------------- computing
 
 
+class _Pairs(NamedTuple):
+    """The pairs of a block: row of each pair's query and document, passages of each unit, units of each item."""
+
+    asked: np.ndarray  # int64 [P]
+    docs: np.ndarray  # int64 [P]
+    sizes: np.ndarray  # int64 [units]
+    ends: np.ndarray  # int64 [items]
+
+
 class _Scoring:
-    """The model at work on the blocks of a rank."""
+    """The model at work on the blocks of a rank: a ``flow.Job``."""
 
-    def __init__(self, scorer: CrossEncoder, shards: Shards, config: ScoreConfig, max_length: int,
-                 dtype: torch.dtype | None, device: torch.device):
+    def __init__(self, scorer: CrossEncoder, shards: Shards, config: ScoreConfig, max_length: int, work: Work,
+                 partial: Path):
         self.scorer, self.shards, self.config, self.max_length = scorer, shards, config, max_length
-        self.queries, self.dtype, self.device = shards.queries(config.split), dtype, device
+        self.queries, self.work, self.partial = shards.queries(config.split), work, partial
+        self._pairs: dict[int, _Pairs] = {}  # of the blocks that are under way
 
-    def run(self, work: Work, own: Sequence[int], partial: Path, there: Collection[str]) -> dict[str, Any]:
-        """Make the parts that are not there."""
-        missing = blocks.missing(own, there, lambda block: _part(partial, block).name)
-        numbers = {block: range(block * BLOCK, min((block + 1) * BLOCK, len(work.items))) for block in missing}
-        todo = sum(int(_rows(self.shards, work.items[i].units)[1].sum()) for block in missing for i in numbers[block])
+    def run(self, missing: Sequence[int], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+        """Make these parts; returns numbers of queries and documents, and the seconds."""
+        items = self.work.items
+        here = [items[i] for block in missing for i in self._numbers(block)]
         start = time.perf_counter()
-        with progress(total=todo, desc="score", unit="pairs") as bar:
-            for block in missing:
-                found = self._block([work.items[i] for i in numbers[block]], bar)
-                work.write(_part(partial, block), numbers[block], found)
-        return {"queries": len(work.items), "documents": sum(len(item.units) for item in work.items),
-                "queries_here": sum(map(len, numbers.values())), "seconds": time.perf_counter() - start}
+        with progress(total=sum(int(_rows(self.shards, item.units)[1].sum()) for item in here), desc="score",
+                      unit="pairs") as bar:
+            flow.run(self, missing, device, dtype, bar.update)
+        return {"queries": len(items), "documents": sum(len(item.units) for item in items),
+                "queries_here": len(here), "seconds": time.perf_counter() - start}
 
-    def _block(self, items: list[Item], bar: Any) -> list[np.ndarray]:
-        """The scores [K] of each item, rounded."""
+    def _numbers(self, block: int) -> range:
+        return range(block * BLOCK, min((block + 1) * BLOCK, len(self.work.items)))
+
+    def batches(self, block: int) -> list[np.ndarray]:
+        items = [self.work.items[i] for i in self._numbers(block)]
         units = np.concatenate([item.units for item in items]).astype(np.int64)
-        asked = np.repeat([item.query for item in items], [len(item.units) for item in items])
+        counts = [len(item.units) for item in items]
         docs, sizes = _rows(self.shards, units)
-        asked = np.repeat(asked, sizes)  # [P]
+        asked = np.repeat(np.repeat([item.query for item in items], counts), sizes)
+        self._pairs[block] = _Pairs(asked, docs, sizes, np.cumsum(counts))
         lengths = np.minimum(self.queries.lengths[asked] + self.shards.docs.lengths[docs], self.max_length)
-        found = np.empty(len(docs), np.float64)
-        for batch in blocks.by_length(lengths, self.config.batch_tokens):
-            found[batch] = self._forward(asked[batch], docs[batch])
-            bar.update(len(batch))
-        best = np.maximum.reduceat(found, np.cumsum(sizes) - sizes) if len(docs) else found
-        return np.split(np.round(best, _DIGITS), np.cumsum([len(item.units) for item in items])[:-1])
+        return list(blocks.by_length(lengths, self.config.batch_tokens))
 
-    @torch.inference_mode()
-    def _forward(self, asked: np.ndarray, docs: np.ndarray) -> np.ndarray:
-        pairs = read_pairs(self.shards, self.queries, asked, docs, self.max_length).to(self.device)
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            return self.scorer(**pairs.arguments()).float().cpu().numpy()
+    def read(self, block: int, batch: np.ndarray) -> PairBatch:
+        pairs = self._pairs[block]
+        return read_pairs(self.shards, self.queries, pairs.asked[batch], pairs.docs[batch], self.max_length)
+
+    def compute(self, batch: PairBatch) -> Tensor:
+        return self.scorer(**batch.arguments())
+
+    def select(self, values: Tensor) -> tuple[Tensor, ...]:
+        return values.float(),
+
+    def receive(self, block: int, batch: np.ndarray, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+        return arrays[0].astype(np.float64)
+
+    def write(self, block: int, batches: list[np.ndarray], kept: list[np.ndarray]) -> None:
+        """The part, with the scores [K] of each item, rounded."""
+        pairs = self._pairs.pop(block)
+        best = np.empty(len(pairs.docs), np.float64)
+        if batches:
+            best[np.concatenate(batches)] = np.concatenate(kept)
+            best = np.maximum.reduceat(best, np.cumsum(pairs.sizes) - pairs.sizes)
+        self.work.write(_part(self.partial, block), self._numbers(block),
+                        np.split(np.round(best, _DIGITS), pairs.ends[:-1]))
 
 
 def _part(partial: Path, block: int) -> Path:

@@ -61,8 +61,24 @@ def quantise(values: np.ndarray, unk_id: int, scale: float = SCALE, top_k: int |
     _check_values(values)
     rounded = np.rint(values * np.float32(scale))
     rows, columns = np.nonzero(rounded)
-    counts = np.bincount(rows, minlength=len(values))
-    return _finish(counts, columns.astype(np.int32), _clip(rounded[rows, columns]), unk_id, top_k)
+    return pack(np.bincount(rows, minlength=len(values)), columns, rounded[rows, columns], unk_id, top_k)
+
+
+def pack(counts: np.ndarray, terms: np.ndarray, weights: np.ndarray, unk_id: int, top_k: int | None = None) -> Csr:
+    """Rows of weights that are whole numbers above 0 already, as ``quantise`` gives them.
+
+    Args:
+        counts: weights of each row, int [B].
+        terms: int [P], ascending in each row.
+        weights: float32 [P]; cut to 65535.
+        unk_id, top_k: see ``quantise``.
+    """
+    return _finish(counts.astype(np.int64), np.array(terms, np.int32), _clip(weights), unk_id, top_k)
+
+
+def least_weight(threshold: float | None) -> float:
+    """The smallest integer weight that a threshold in the units of lexicon vectors leaves, at least 1."""
+    return 1.0 if threshold is None else max(1.0, float(np.float32(threshold * SCALE)))
 
 
 def quantise_csr(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, unk_id: int, scale: float = SCALE,
@@ -75,7 +91,7 @@ def quantise_csr(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, un
     order = np.lexsort((indices, rows))
     order = order[rounded[order] > 0]
     counts = np.bincount(rows[order], minlength=len(indptr) - 1)
-    return _finish(counts, np.asarray(indices)[order].astype(np.int32), _clip(rounded[order]), unk_id, top_k)
+    return pack(counts, np.asarray(indices)[order], rounded[order], unk_id, top_k)
 
 
 def prune(csr: Csr, top_k: int) -> Csr:
