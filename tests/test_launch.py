@@ -35,6 +35,10 @@ def write_recipe(folder: Path, kind: str, shards: Path, **changes) -> Path:
     return path
 
 
+BUDGETS = {"pretrain": 60, "finetune": 84, "rerank": 96}
+"""Tokens of a micro-batch: two of the longest texts or a little more, the pairs of one query."""
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
@@ -51,10 +55,16 @@ def alone(shards_dir, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("spread", ["texts", "tokens"])
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("kind", SECTIONS)
-def test_two_ranks_learn_what_one_learns(kind, stage, alone, shards_dir, tmp_path):
-    recipe = write_recipe(tmp_path, kind, shards_dir, deepspeed=f"ds_configs/fp32_zero{stage}.json")
+def test_two_ranks_learn_what_one_learns(kind, stage, spread, alone, shards_dir, tmp_path):
+    """However the batch is cut into micro-batches, whose number differs between steps where tokens are counted."""
+    changes = {"deepspeed": f"ds_configs/fp32_zero{stage}.json"}
+    if spread == "tokens":
+        changes["optimization"] = {**SECTIONS[kind]["optimization"], "micro_tokens": BUDGETS[kind]}
+        del changes["optimization"]["micro_batch"]
+    recipe = write_recipe(tmp_path, kind, shards_dir, **changes)
     run([f"launch/{kind}.py", str(recipe)], ranks=2)
     one, two = log(alone[kind]), log(tmp_path / "run")
     assert [line["step"] for line in two] == list(range(1, STEPS + 1))

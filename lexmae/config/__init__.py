@@ -106,6 +106,8 @@ class OptimizationConfig:
     Attributes:
         batch: global batch: texts in pre-training, queries in fine-tuning, over all ranks and accumulation steps.
         micro_batch: texts that one rank computes at a time; the whole share of the rank where it is not given.
+        micro_tokens: tokens that one rank computes at a time, padding included, in place of ``micro_batch``: texts of
+            similar length together, as many as fit.
         epochs: passes over the data; ``steps``, where given, stands in its place.
         steps: optimizer steps.
         warmup: share of the steps over which the learning rate grows.
@@ -116,6 +118,7 @@ class OptimizationConfig:
     lr: float = 3e-4
     batch: int = 2048
     micro_batch: int | None = None
+    micro_tokens: int | None = None
     epochs: float = 20
     steps: int | None = None
     warmup: float = 0.05
@@ -132,6 +135,9 @@ class OptimizationConfig:
         require(self.lr > 0, "lr: must be positive")
         require(self.batch >= 1, "batch: at least 1 is needed")
         require(self.micro_batch is None or self.micro_batch >= 1, "micro_batch: at least 1 is needed")
+        require(self.micro_tokens is None or self.micro_tokens >= 1, "micro_tokens: at least 1 is needed")
+        require(self.micro_batch is None or self.micro_tokens is None,
+                "micro_tokens: takes the place of micro_batch, so keep one of the two")
         require(self.epochs > 0, "epochs: must be positive")
         require(self.steps is None or self.steps >= 1, "steps: at least 1 is needed")
         require(0 <= self.warmup <= 1, "warmup: a share of the steps between 0 and 1 is needed")

@@ -136,6 +136,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(hardware.config),
                                                   dist_init_required=False)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._left = 0
 
     @property
     def module(self) -> torch.nn.Module:
@@ -153,9 +154,16 @@ class Engine:
         """
         self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
 
+    def expect(self, micro_batches: int) -> None:
+        """Say how many micro-batches the step that begins has; the same number on every rank."""
+        self._left = micro_batches
+        self.deepspeed.set_gradient_accumulation_boundary(micro_batches == 1)
+
     def end_micro_batch(self) -> None:
         """Close a micro-batch that is not the last of its step."""
         self.deepspeed.step()
+        self._left -= 1
+        self.deepspeed.set_gradient_accumulation_boundary(self._left == 1)
 
     def step(self, lr: float) -> StepReport:
         """Close the last micro-batch and update the weights with learning rate ``lr``."""

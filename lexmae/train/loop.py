@@ -81,7 +81,7 @@ def train(run: Run, start: int = 0) -> None:
     log = MetricsLog(run.folder, start)
     checkpoints = run.folder / "checkpoints"
     bar = progress(total=run.total, desc=run.folder.name, unit="step", initial=start)
-    batches = prefetch(run.data, start, run.total)
+    batches = prefetch(run.data, start, run.total, pin=run.engine.device.type == "cuda")
     window, shown = _Window(), {}
     try:
         for step in range(start, run.total):
@@ -120,6 +120,7 @@ def _one_step(run: Run, step_data: Any, step: int, lr: float, window: _Window) -
     engine, objective = run.engine, run.objective
     totals = engine.sum(torch.tensor([float(n) for n in objective.counts(step_data)], device=engine.device)).tolist()
     micro_batches = objective.micro_batches(step_data)
+    engine.expect(len(micro_batches))
     for i, batch in enumerate(micro_batches):
         tokens, padded = objective.sizes(batch)
         window.tokens, window.padded = window.tokens + tokens, window.padded + padded

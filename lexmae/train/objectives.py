@@ -104,9 +104,9 @@ class RankingModel(nn.Module):
 
     Args:
         encoder: texts → [B, V].
-        recompute: keep the vectors of a chunk alone and compute its activations again in the backward pass, so that
-            the memory of one chunk is enough for a batch of any size (the effect of GradCache, Gao et al. 2021, in a
-            single backward pass).
+        recompute: where there are several chunks, keep the vectors of a chunk alone and compute its activations again
+            in the backward pass, so that the memory of one chunk is enough for a batch of any size (the effect of
+            GradCache, Gao et al. 2021, in a single backward pass).
         query_encoder: texts → [B, V] of queries; they share ``encoder`` where there is none.
     """
 
@@ -119,15 +119,16 @@ class RankingModel(nn.Module):
         """Vectors of the queries [Q, V] and of the documents [Q·N, V], in the batch's order; of texts of one side
         alone, [B, V]."""
         if isinstance(batch, TextBatch):
-            return self._encode(batch) if side == "docs" else self._encode_queries(batch)
-        docs = _InOrder.apply(batch.doc_order, *(self._encode(chunk) for chunk in batch.docs))
-        return _InOrder.apply(batch.query_order, *(self._encode_queries(chunk) for chunk in batch.queries)), docs
+            return self._encode(batch, False) if side == "docs" else self._encode_queries(batch, False)
+        again = self.recompute and torch.is_grad_enabled() and len(batch.docs) > 1
+        docs = _InOrder.apply(batch.doc_order, *(self._encode(chunk, again) for chunk in batch.docs))
+        return _InOrder.apply(batch.query_order, *(self._encode_queries(chunk, again) for chunk in batch.queries)), docs
 
-    def _encode_queries(self, text: TextBatch) -> torch.Tensor:
-        return self._encode(text) if self.query_encoder is None else self.query_encoder(**text.arguments())
+    def _encode_queries(self, text: TextBatch, again: bool) -> torch.Tensor:
+        return self._encode(text, again) if self.query_encoder is None else self.query_encoder(**text.arguments())
 
-    def _encode(self, text: TextBatch) -> torch.Tensor:
-        if not (self.recompute and torch.is_grad_enabled()):
+    def _encode(self, text: TextBatch, again: bool) -> torch.Tensor:
+        if not again:
             return self.encoder(**text.arguments())
         # Not reentrant: each parameter then accumulates once, as ZeRO's reduction needs. Under ZeRO-3 a parameter has
         # another shape while it is split, and its hooks must see whole forward passes.

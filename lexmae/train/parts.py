@@ -60,7 +60,7 @@ def build(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, lm: Any, shard
 
 def _common(config: Any, place: Place) -> dict[str, int]:
     return {"seed": config.optimization.seed, "batch": config.optimization.batch, "rank": place.rank,
-            "world": place.hardware.world}
+            "world": place.hardware.world, "micro_tokens": place.hardware.micro_tokens}
 
 
 def _pretraining(config: PretrainRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
@@ -81,7 +81,8 @@ def _ranking(config: FinetuneRecipe, lm: Any, shards: Shards, place: Place) -> P
     data = RankingData(shards, config.split, _negatives(config, shards, place), config.negatives, micro_batch=chunk,
                        exclude_judged=config.loss.exclude_judged, pairs=read, **_common(config, place))
     queries = _static_queries(config, lm, shards) if config.model.queries == "static" else None
-    model = RankingModel(SparseEncoder(lm), recompute=0 < spread.micro_batch < texts, query_encoder=queries)
+    recompute = spread.micro_tokens > 0 or 0 < spread.micro_batch < texts
+    model = RankingModel(SparseEncoder(lm), recompute, query_encoder=queries)
     return Parts(model, RankingObjective(config.loss, place.gather, spread.world, teacher), data)
 
 

@@ -48,8 +48,11 @@ def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | 
     if isinstance(config, FinetuneRecipe) and config.loss.teacher:
         shards.refuse_other_tokenizer(config.loss.teacher, reranker.KIND)
     if isinstance(config, RerankRecipe):
-        rerank.check(config, shards)
-    elif config.probe.every:
+        rerank.check(config, shards, spread)
+    else:
+        hardware.refuse_budget(spread, max(shards.manifest.extra["max_length"], shards.manifest.extra["query_length"]),
+                               "the shards hold texts that may be longer")
+    if not isinstance(config, RerankRecipe) and config.probe.every:
         probe.check(config.probe, shards)
     if config.model.init != "scratch":
         kinds = ("model", reranker.KIND) if isinstance(config, RerankRecipe) else ("model",)
@@ -179,7 +182,7 @@ def _announce(config: Any, spread: Hardware, model: torch.nn.Module, total: int,
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     say(f"{config.output}: {weights / 1e6:.1f} M weights, {examples} examples, {total} steps of "
         f"{config.optimization.batch}, {world} rank(s), ZeRO-{spread.zero_stage}, {spread.precision}, "
-        f"accumulation {spread.accumulation}")
+        f"accumulation {spread.accumulation or f'by {spread.micro_tokens} tokens'}")
 
 
 def _export(run_engine: Any, on_rank_zero: Callable, lm: Any, queries: Any, config: Any, shards: Shards, name: str,
