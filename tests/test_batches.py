@@ -176,7 +176,7 @@ def test_a_budget_of_tokens_leaves_less_padding(tiny_shards):
                  for batch in pretraining(tiny_shards, batch=40, rank=rank, world=4, **options)(step)]
         return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
-    assert padding(micro_tokens=5 * 28) < padding(micro_batch=5) < padding(micro_batch=10)
+    assert padding(micro_tokens=5 * 28) < padding(micro_batch=5)
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning

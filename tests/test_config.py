@@ -79,6 +79,7 @@ def test_the_weight_of_queries_may_be_given_and_may_be_zero():
     (c.OptimizationConfig, {"lr": 0.0}, "lr"),
     (c.OptimizationConfig, {"batch": 0}, "batch"),
     (c.OptimizationConfig, {"micro_batch": 0}, "micro_batch"),
+    (c.ModelConfig, {"packing": "yes"}, "packing"),
     (c.OptimizationConfig, {"micro_tokens": 0}, "micro_tokens"),
     (c.OptimizationConfig, {"micro_tokens": 512, "micro_batch": 4}, "micro_tokens"),
     (c.OptimizationConfig, {"epochs": 0.0}, "epochs"),

@@ -20,6 +20,7 @@ __all__ = ["ARCHITECTURES", "ActiveTermsConfig", "BottleneckConfig", "FinetuneRe
 ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert")
 DECODER_MASKS = ("inclusive", "exclusive", "random")
 PASSAGES = ("first", "all")
+PACKINGS = ("auto", "on", "off")
 QUERY_ENCODERS = ("shared", "static")
 BOTTLENECKS = ("logits", "saturated", "cls", "off")
 
@@ -38,6 +39,8 @@ class ModelConfig:
             their weights start small, as with an inverse document frequency; 0 (the paper) leaves the bias alone.
         queries: what makes a query's vector: ``shared``, the documents' encoder (the paper); ``static``, a table
             with a learned weight per token, so that a query needs no model (``lexmae.model.static_queries``).
+        packing: compute texts one behind the other, without padding (``lexmae.model.packing``); ``auto`` does so on a
+            GPU in half precision. A cross-encoder's pairs are always padded.
     """
 
     init: str = "bert-base-uncased"
@@ -46,9 +49,11 @@ class ModelConfig:
     lexical_start: bool = False
     frequency_penalty: float = 0.0
     queries: str = "shared"
+    packing: str = "auto"
 
     def __post_init__(self):
         require(self.queries in QUERY_ENCODERS, f"queries: one of {', '.join(QUERY_ENCODERS)} is needed")
+        require(self.packing in PACKINGS, f"packing: one of {', '.join(PACKINGS)} is needed")
         require(self.architecture in ARCHITECTURES, f"architecture: one of {', '.join(ARCHITECTURES)} is needed")
         require(self.init == "scratch" or not self.size, "size: only goes with 'init: scratch'")
         require(self.init == "scratch" or not self.lexical_start, "lexical_start: only goes with 'init: scratch'")
@@ -265,5 +270,6 @@ class RerankRecipe:
         require(self.passages in PASSAGES, f"passages: one of {', '.join(PASSAGES)} is needed")
         require(self.max_length >= 1, "max_length: at least 1 is needed")
         require(self.negatives.per_query >= 1, "negatives: per_query must be at least 1, or there is nothing to learn")
+        require(self.model.packing != "on", "model: packing is for lexicon encoders, the pairs of a scorer are padded")
         require(not self.model.lexical_start and not self.model.frequency_penalty,
                 "model: lexical_start and frequency_penalty are for lexicon encoders, a cross-encoder has one output")

@@ -61,10 +61,14 @@ class Stateless:
 
 class PretrainObjective(Stateless):
     """Masked-LM losses of encoder and decoder (SPEC §1), means over the labelled positions of the global batch, and
-    where it has a weight the bag-of-words loss, a mean over its texts."""
+    where it has a weight the bag-of-words loss, a mean over its texts.
 
-    def __init__(self, config: BottleneckConfig):
-        self.config = config
+    Args:
+        packed: the model computes texts without padding.
+    """
+
+    def __init__(self, config: BottleneckConfig, packed: bool = False):
+        self.config, self.packed = config, packed
 
     def micro_batches(self, step_data: list[PretrainBatch]) -> list[PretrainBatch]:
         """As they come."""
@@ -95,8 +99,8 @@ class PretrainObjective(Stateless):
         return forward(**text.arguments())
 
     def sizes(self, batch: PretrainBatch) -> tuple[int, int]:
-        """Tokens without and with padding."""
-        return _sizes([batch.text])
+        """Tokens without and with the padding that is computed."""
+        return _sizes([batch.text], self.packed)
 
 
 class RankingModel(nn.Module):
@@ -161,11 +165,12 @@ class RankingObjective:
         gather: rows of this rank → rows of all ranks, differentiable.
         world: number of ranks.
         teacher: batch → scores [Q, N] of each query's own documents; those that the batch brings where it is not given.
+        packed: the model computes texts without padding.
     """
 
     def __init__(self, config: LossConfig, gather: Callable[[torch.Tensor], torch.Tensor], world: int,
-                 teacher: Callable[[RankingBatch], torch.Tensor] | None = None):
-        self.config, self.gather, self.world = config, gather, world
+                 teacher: Callable[[RankingBatch], torch.Tensor] | None = None, packed: bool = False):
+        self.config, self.gather, self.world, self.packed = config, gather, world, packed
         self.teacher = teacher or (lambda batch: batch.teacher_scores)
         self.lambdas = Lambdas(config)
 
@@ -222,13 +227,14 @@ class RankingObjective:
         return forward(text, side)
 
     def sizes(self, batch: RankingBatch) -> tuple[int, int]:
-        """Tokens without and with padding."""
-        return _sizes([*batch.queries, *batch.docs])
+        """Tokens without and with the padding that is computed."""
+        return _sizes([*batch.queries, *batch.docs], self.packed)
 
 
 def _largest(vectors: torch.Tensor, k: int | None) -> torch.Tensor:
     return vectors if k is None else lexicon.top_k(vectors, k)
 
 
-def _sizes(texts: list[TextBatch]) -> tuple[int, int]:
-    return sum(int(t.attention_mask.sum()) for t in texts), sum(t.attention_mask.numel() for t in texts)
+def _sizes(texts: list[TextBatch], packed: bool) -> tuple[int, int]:
+    tokens = sum(int(t.attention_mask.sum()) for t in texts)
+    return tokens, tokens if packed else sum(t.attention_mask.numel() for t in texts)

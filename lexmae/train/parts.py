@@ -54,8 +54,17 @@ class Parts(NamedTuple):
 
 def build(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
     """The parts of a recipe around the backbone ``lm``; every rank calls it."""
+    if packs(config, place.hardware):
+        backbone.use_packing(lm)
     makers = {PretrainRecipe: _pretraining, FinetuneRecipe: _ranking, RerankRecipe: _reranking}
     return makers[type(config)](config, lm, shards, place)
+
+
+def packs(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, spread: Hardware) -> bool:
+    """Whether a recipe's texts are computed without padding here."""
+    if config.model.packing == "auto":
+        return torch.cuda.is_available() and spread.precision != "fp32" and not isinstance(config, RerankRecipe)
+    return config.model.packing == "on"
 
 
 def _common(config: Any, place: Place) -> dict[str, int]:
@@ -66,8 +75,10 @@ def _common(config: Any, place: Place) -> dict[str, int]:
 def _pretraining(config: PretrainRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
     model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source,
                        bag_of_words=config.bottleneck.bow_weight > 0)
-    data = PretrainData(shards, config.masking, micro_batch=place.hardware.micro_batch, **_common(config, place))
-    return Parts(model, PretrainObjective(config.bottleneck), data)
+    packed = packs(config, place.hardware)
+    data = PretrainData(shards, config.masking, micro_batch=place.hardware.micro_batch, packed=packed,
+                        **_common(config, place))
+    return Parts(model, PretrainObjective(config.bottleneck, packed), data)
 
 
 def _ranking(config: FinetuneRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
@@ -79,11 +90,13 @@ def _ranking(config: FinetuneRecipe, lm: Any, shards: Shards, place: Place) -> P
     read = teacher and functools.partial(read_pairs, shards, shards.queries(config.split),
                                          max_length=teacher.max_length)
     data = RankingData(shards, config.split, _negatives(config, shards, place), config.negatives, micro_batch=chunk,
-                       exclude_judged=config.loss.exclude_judged, pairs=read, **_common(config, place))
+                       exclude_judged=config.loss.exclude_judged, pairs=read, packed=packs(config, spread),
+                       **_common(config, place))
     queries = _static_queries(config, lm, shards) if config.model.queries == "static" else None
     recompute = spread.micro_tokens > 0 or 0 < spread.micro_batch < texts
     model = RankingModel(SparseEncoder(lm), recompute, query_encoder=queries)
-    return Parts(model, RankingObjective(config.loss, place.gather, spread.world, teacher), data)
+    objective = RankingObjective(config.loss, place.gather, spread.world, teacher, packs(config, spread))
+    return Parts(model, objective, data)
 
 
 def _static_queries(config: FinetuneRecipe, lm: Any, shards: Shards) -> StaticQueries:
