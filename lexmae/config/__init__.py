@@ -41,6 +41,9 @@ class ModelConfig:
             with a learned weight per token, so that a query needs no model (``lexmae.model.static_queries``).
         packing: compute texts one behind the other, without padding (``lexmae.model.packing``); ``auto`` does so on a
             GPU in half precision. A cross-encoder's pairs are always padded.
+        compile: compute the transformer layers with ``torch.compile``.
+        activation_checkpointing: keep the input of each transformer layer alone and compute the rest again in the
+            backward pass: less memory, about a third more arithmetic.
     """
 
     init: str = "bert-base-uncased"
@@ -50,6 +53,8 @@ class ModelConfig:
     frequency_penalty: float = 0.0
     queries: str = "shared"
     packing: str = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
 
     def __post_init__(self):
         require(self.queries in QUERY_ENCODERS, f"queries: one of {', '.join(QUERY_ENCODERS)} is needed")
@@ -159,16 +164,24 @@ class LoggingConfig:
         every: optimizer steps between two lines of the log.
         checkpoint_every: optimizer steps between two checkpoints; 0 saves at the end alone.
         keep: newest checkpoints kept.
+        profile_step: the optimizer step, counted from 1, of which DeepSpeed's FLOPS profiler writes an account to
+            ``flops.txt`` in the output; 0 has none. That step is slower.
+        peak_tflops: TFLOP/s of the device at its best, for the share of it in the log, where
+            ``lexmae.train.flops`` does not know the device.
     """
 
     every: int = 10
     checkpoint_every: int = 5000
     keep: int = 2
+    profile_step: int = 0
+    peak_tflops: float | None = None
 
     def __post_init__(self):
         require(self.every >= 1, "every: at least 1 is needed")
         require(self.keep >= 1, "keep: at least 1 is needed")
         require(self.checkpoint_every >= 0, "checkpoint_every: cannot be negative")
+        require(self.profile_step >= 0, "profile_step: cannot be negative")
+        require(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops: must be positive")
 
 
 @dataclass(frozen=True)

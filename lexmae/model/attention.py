@@ -54,6 +54,13 @@ def choose(query: Tensor, dropout: float, window: int | None) -> str:
     return "nested" if window is None else "padded"
 
 
+def windows(lm: nn.Module) -> list[int | None]:
+    """How far a token sees in each layer of a transformers model, None for all of its text; in no order."""
+    reaches = [getattr(module, "sliding_window", None) for module in lm.base_model.modules()]
+    limited = [reach - 1 for reach in reaches if reach is not None]  # layers count the token itself
+    return [*limited, *[None] * (lm.config.num_hidden_layers - len(limited))]
+
+
 def _find_varlen():
     """torch's variable-length attention, which is newer than the oldest torch that this project takes."""
     try:

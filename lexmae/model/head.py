@@ -1,9 +1,10 @@
 """Fused LM head and max-pool: the maximum over text tokens of `hidden @ weight.T + bias`.
 
-Two forms of one function. `reference` writes the logits out. `chunked` computes them tile by tile, small
-enough to stay in a cache, and keeps the maximum and the token that gave it. Only that token has a gradient,
-so the backward touches one token per (sequence, entry) and only the entries whose gradient is not zero: a
-few hundred per sequence for the saturated lexicon, instead of the whole vocabulary.
+Three forms of one function. `reference` writes the logits out. `chunked` computes them tile by tile, small
+enough to stay in a cache, and keeps the maximum and the token that gave it. `triton` does the same in one kernel
+on a GPU (`head_triton`). Only that token has a gradient, so the backward touches one token per (sequence, entry)
+and only the entries whose gradient is not zero: a few hundred per sequence for the saturated lexicon, instead of
+the whole vocabulary.
 
 Shapes: B sequences, L tokens, H hidden size, V vocabulary, N text tokens of a group of sequences.
 """
@@ -22,7 +23,7 @@ from lexmae.errors import InputError
 from lexmae.model.lexicon import max_pool
 from lexmae.model.packing import Packing
 
-IMPLEMENTATIONS = ("auto", "reference", "chunked")
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
 
 TILES = {"cpu": (1024, 512), "cuda": (16384, 8192)}
 """Tokens and vocabulary entries of a tile: 2 MiB of float32 for a CPU's cache, large products for a GPU."""
@@ -38,7 +39,7 @@ def max_logits(
         hidden: [B, L, H] outputs of the LM-head transform, or [N, H] where there is a packing.
         weight, bias: the output matrix [V, H] and its bias [V] or None.
         text_mask: [B, L], true at text tokens (neither special nor padding).
-        implementation: one of IMPLEMENTATIONS; `auto` is `chunked`.
+        implementation: one of IMPLEMENTATIONS; `auto` is `triton` where that runs, and else `chunked`.
         packing: where the rows of packed `hidden` stand in the batch.
 
     Returns:
@@ -46,20 +47,41 @@ def max_logits(
         tokens. Of equal maxima one token gets the gradient. Products run in the autocast type where autocast
         is on.
     """
-    mask = text_mask.bool()
-    if choose_implementation(implementation) == "reference":
+    mask, dtype = text_mask.bool(), matmul_dtype(hidden)
+    form = choose_implementation(implementation, hidden.device, dtype)
+    if form == "reference":
         padded = hidden if packing is None else packing.pad(hidden)
         return max_pool(F.linear(padded, weight, bias), mask)
     starts = torch.arange(len(mask), device=mask.device) * mask.shape[1] if packing is None else packing.first
-    flat = hidden.flatten(0, -2)
-    return _ChunkedMax.apply(flat, weight, bias, mask, starts, matmul_dtype(hidden), torch.is_grad_enabled())
+    tiled_max = _tiled_max if form == "chunked" else _triton().tiled_max
+    return _FusedMax.apply(hidden.flatten(0, -2), weight, bias, mask, starts, dtype, torch.is_grad_enabled(), tiled_max)
 
 
-def choose_implementation(name: str) -> str:
-    """One of IMPLEMENTATIONS -> `reference` or `chunked`."""
+def choose_implementation(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """One of IMPLEMENTATIONS -> `reference`, `chunked` or `triton`, for products of this type on this device.
+
+    Raises:
+        InputError: an unknown name, or `triton` where it is not installed or does not know the type.
+    """
     if name not in IMPLEMENTATIONS:
         raise InputError(f"unknown head {name!r}; known: {', '.join(IMPLEMENTATIONS)}")
-    return "chunked" if name == "auto" else name
+    if name == "auto":
+        usable = device.type == "cuda" and _triton() is not None and _triton().runs_on(device, dtype)
+        return "triton" if usable else "chunked"
+    if name == "triton" and (_triton() is None or dtype not in _triton().TYPES):
+        reason = "Triton is not installed" if _triton() is None else f"Triton's form does not compute {dtype}"
+        raise InputError(f"head 'triton': {reason}")
+    return name
+
+
+@functools.cache
+def _triton() -> Any:
+    """The module with the Triton form, None where Triton is missing."""
+    try:
+        from lexmae.model import head_triton
+    except ImportError:
+        return None
+    return head_triton
 
 
 def matmul_dtype(tensor: Tensor) -> torch.dtype:
@@ -79,13 +101,13 @@ def without_autocast(method: Any) -> Any:
     return wrapped
 
 
-class _ChunkedMax(torch.autograd.Function):
+class _FusedMax(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, hidden, weight, bias, text_mask, starts, dtype, grad_enabled):
+    def forward(ctx, hidden, weight, bias, text_mask, starts, dtype, grad_enabled, tiled_max):
         source, counts = _text_tokens(text_mask, starts)
         needs_argmax = grad_enabled and any(ctx.needs_input_grad)
-        pooled, winner = _tiled_max(hidden, weight, source, counts, dtype, needs_argmax)
+        pooled, winner = tiled_max(hidden, weight, source, counts, dtype, needs_argmax)
         if bias is not None:
             pooled += bias.to(pooled.dtype)
         empty = (counts == 0).unsqueeze(1)
@@ -114,7 +136,7 @@ class _ChunkedMax(torch.autograd.Function):
             d_hidden = d_hidden.to(hidden.dtype)
         if need_bias:
             d_bias = grad.sum(0).to(ctx.bias_dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
 def _text_tokens(text_mask: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:

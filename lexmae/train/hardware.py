@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,18 @@ def compose(path: Path, optimization: OptimizationConfig, world: int, *, accumul
     if tokens:
         return Hardware(world, 0, 0 if accumulate else 1, config, tokens)
     return Hardware(world, micro or 0, accumulation, config)
+
+
+def with_profile(hardware: Hardware, step: int, output: Path) -> Hardware:
+    """With DeepSpeed's FLOPS profiler for one optimizer step, counted from 1; as it was for step 0.
+
+    Args:
+        output: the folder where it writes ``flops.txt``.
+    """
+    if not step:
+        return hardware
+    section = {"enabled": True, "profile_step": step - 1, "output_file": str(output / "flops.txt")}
+    return replace(hardware, config={**hardware.config, "flops_profiler": section})
 
 
 def accumulates(recipe: object) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lexmae.config import LoggingConfig, OptimizationConfig
 from lexmae.data.batches import prefetch
 from lexmae.train import checkpoint, schedules
 from lexmae.train.engine import Engine, StepReport
+from lexmae.train.flops import Meter
 from lexmae.train.metrics_log import MetricsLog
 from lexmae.train.objectives import Metrics, Objective
 
@@ -33,6 +34,7 @@ class Run:
         config: the composed recipe, kept in checkpoints.
         folder: the run's folder.
         probe: optimizer steps done → figures of a probe, none where none is due.
+        meter: counts arithmetic.
     """
 
     engine: Engine
@@ -44,6 +46,7 @@ class Run:
     folder: Path
     config: dict[str, Any]
     probe: Callable[[int], dict[str, float]] = lambda step: {}
+    meter: Meter = field(default_factory=Meter)
 
 
 class _Window:
@@ -94,6 +97,7 @@ def train(run: Run, start: int = 0) -> None:
             bar.update()
             if done % run.logging.every == 0 or done == run.total:
                 values = window.report(run.engine, last)
+                values |= run.meter.rates(values["seconds_per_step"] * window.steps)
                 _refuse_divergence(run.engine, done, values["loss"])
                 log.write(done, {**values, "lr": lr, "examples": done * run.optimization.batch})
                 shown |= {"loss": f"{values['loss']:.3f}", "tokens/s": f"{values['tokens_per_second']:.0f}"}
@@ -122,6 +126,7 @@ def _one_step(run: Run, step_data: Any, step: int, lr: float, window: _Window) -
     micro_batches = objective.micro_batches(step_data)
     engine.expect(len(micro_batches))
     for i, batch in enumerate(micro_batches):
+        run.meter.add(batch)
         tokens, padded = objective.sizes(batch)
         window.tokens, window.padded = window.tokens + tokens, window.padded + padded
         loss, metrics = objective.loss(engine, batch.to(engine.device), totals, step, run.total)

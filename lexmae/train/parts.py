@@ -16,7 +16,7 @@ from lexmae.data.batches import PretrainData, RankingData
 from lexmae.data.pairs import RerankData, read_pairs
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
-from lexmae.model import backbone
+from lexmae.model import backbone, layers
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.lexical_start import penalise_frequency, start_lexical
 from lexmae.model.pretrainer import Pretrainer
@@ -57,7 +57,13 @@ def build(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, lm: Any, shard
     if packs(config, place.hardware):
         backbone.use_packing(lm)
     makers = {PretrainRecipe: _pretraining, FinetuneRecipe: _ranking, RerankRecipe: _reranking}
-    return makers[type(config)](config, lm, shards, place)
+    found = makers[type(config)](config, lm, shards, place)
+    for each in (lm, found.model.decoder.layers) if isinstance(found.model, Pretrainer) else (lm,):
+        if config.model.activation_checkpointing:
+            layers.recompute_layers(each)
+        if config.model.compile:
+            layers.compile_layers(each)
+    return found
 
 
 def packs(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, spread: Hardware) -> bool:

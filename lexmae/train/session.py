@@ -93,7 +93,7 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
     output = Path(config.output)
     if artifact.exists(output / "model") and not several_hosts():
         return _finished(output)
-    from lexmae.train import checkpoint, engine, loop  # deepspeed takes many seconds to import
+    from lexmae.train import checkpoint, engine, flops, loop  # deepspeed takes many seconds to import
 
     learned = _learning(config)
     device = engine.start_processes()
@@ -113,7 +113,9 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
         model, objective, data = parts.build(config, lm, shards, parts.Place(
             spread, rank, engine.gather, functools.partial(engine.on_rank_zero, hosts=hosts)))
         torch.manual_seed(config.optimization.seed + 1 + rank)  # dropout differs between ranks, weights do not
-        run_engine = engine.Engine(model, spread, config.optimization, device, hosts)
+        meter = flops.Meter(flops.counter(model, spread.world), _peak(config, spread, device))
+        run_engine = engine.Engine(model, hardware.with_profile(spread, config.logging.profile_step, output),
+                                   config.optimization, device, hosts)
         total = schedules.total_steps(config.optimization, data.size)
         _announce(config, spread, model, total, data.size, run_engine.world)
         start, state = checkpoint.load(run_engine, chosen) if chosen else (0, {})
@@ -124,12 +126,21 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
         if not reranking and config.probe.every:
             probing["probe"] = _probe(config, shards, objective, run_engine, engine, total, bool(chosen), export)
         loop.train(loop.Run(run_engine, objective, data, config.optimization, config.logging, total, output, learned,
-                            **probing), start)
+                            meter=meter, **probing), start)
         export("model", total)
     except Exception as error:
         lifeline.blame(error)
     finally:
         engine.stop_processes()
+
+
+def _peak(config: Any, spread: Hardware, device: torch.device) -> float | None:
+    """The best TFLOP/s of this rank's device, as the recipe says or as they are known."""
+    if config.logging.peak_tflops is not None or device.type != "cuda":
+        return config.logging.peak_tflops
+    from lexmae.train import flops
+
+    return flops.peak(torch.cuda.get_device_name(device), spread.precision)
 
 
 def _finished(output: Path) -> None:
