@@ -5,12 +5,14 @@
 Four cases: the masked maximum forward only; forward and backward with the gradient of the pre-training
 bottleneck, `softmax`, not zero anywhere; with that of the saturated lexicon, `sparse`, not zero for `--active`
 entries of each sequence; and `loss`, the cross entropy of 40 % of the tokens, forward and backward. The plain
-head is `F.linear` with a masked amax or `F.cross_entropy`.
+head is `F.linear` with a masked amax or `F.cross_entropy`. `--form chunked` and `--form triton` on a GPU compare
+two forms of the fused maximum.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lexmae.model.head import max_logits
+from lexmae.model.head import IMPLEMENTATIONS, max_logits
 from lexmae.model.mlm import cross_entropy_sum
 
 
@@ -70,6 +72,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--ragged", action="store_true", help="texts of 1/3 to all of it")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--form", default="auto", choices=IMPLEMENTATIONS, help="of the fused maximum")
     parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
     return parser.parse_args()
 
@@ -92,9 +95,10 @@ def main() -> None:
     dense = torch.randn(args.batch, args.vocab, device=args.device)
     sparse = dense * (torch.rand_like(dense) < args.active / args.vocab)
     print(f"{args} torch {torch.__version__} threads {torch.get_num_threads()}")
+    fused = functools.partial(max_logits, implementation=args.form)
     for name, grad in {"forward": None, "softmax": dense, "sparse": sparse}.items():
         slow = measure(plain, [hidden, weight, bias, mask], grad, args)
-        fast = measure(max_logits, [hidden, weight, bias, mask], grad, args)
+        fast = measure(fused, [hidden, weight, bias, mask], grad, args)
         report(name, slow, fast)
     rows = hidden.detach().flatten(0, 1)[: int(0.4 * args.batch * args.length)].requires_grad_()
     targets = torch.randint(0, args.vocab, rows.shape[:1], device=args.device)
