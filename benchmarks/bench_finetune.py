@@ -76,6 +76,7 @@ def ours(folder: Path, model: Path, shards: Shards, args: argparse.Namespace) ->
 
     def run() -> float:
         loss, _ = objective.loss(engine, data(0).to(engine.device), [], 0, 1)
+        engine.expect(1)
         engine.backward(loss)
         engine.step(1e-7)
         return float(loss.detach())

@@ -330,6 +330,26 @@ def test_prefetching_keeps_the_order_and_stays_ahead():
     assert list(prefetch(make, 5, 5)) == []
 
 
+def test_batches_for_a_gpu_are_pinned_in_the_thread(tiny_shards, monkeypatch):
+    where = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: where.append((gpu, threading.current_thread().name)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    data, device = pretraining(tiny_shards, micro_batch=4), torch.device("cuda", 3)
+    kept = {}
+
+    def make(step: int):
+        kept[step] = data(step)
+        return kept[step]
+
+    for step, batches in enumerate(prefetch(make, 0, 3, device=device)):
+        for batch, own in zip(batches, kept[step], strict=True):
+            for name, tensor in batch.text.arguments().items():
+                before = own.text.arguments()[name]
+                assert tensor is not before and torch.equal(tensor, before)
+            assert batch.dec_labels is not own.dec_labels and batch.enc_count == own.enc_count
+    assert where == [(device, "prefetch")]
+
+
 def test_an_error_arrives_at_its_place():
     def make(step: int) -> int:
         if step == 2:

@@ -9,12 +9,15 @@ import torch
 from tiny_models import SIZES, batch, masked, tiny
 from torch import nn
 
+from lexmae.config import FinetuneRecipe, ModelConfig, RerankRecipe
 from lexmae.model import attention, backbone, lexicon
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.head import max_logits
 from lexmae.model.packing import Packing
 from lexmae.model.pooling import Pooling
 from lexmae.model.pretrainer import Pretrainer
+from lexmae.train import parts
+from lexmae.train.hardware import Hardware
 
 LENGTHS = (4, 20, 9, 13)
 
@@ -122,6 +125,19 @@ def test_a_packed_model_still_computes_padded_batches(family):
     expected = backbone.hidden_states(lm, **inputs)
     backbone.use_packing(lm)
     torch.testing.assert_close(backbone.hidden_states(lm, **inputs), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("packing", "gpu", "section", "expected"), [
+    ("auto", True, {"bf16": {"enabled": True}}, True), ("auto", True, {}, False),
+    ("auto", False, {"fp16": {"enabled": True}}, False), ("on", False, {}, True),
+    ("off", True, {"bf16": {"enabled": True}}, False)])
+def test_when_texts_are_packed(packing, gpu, section, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    recipe = FinetuneRecipe("data", "output", model=ModelConfig(packing=packing))
+    spread = Hardware(1, 4, 1, section)
+    assert parts.packs(recipe, spread) == expected
+    if packing != "on":
+        assert not parts.packs(RerankRecipe("data", "output", model=recipe.model), spread)
 
 
 def test_nothing_of_it_is_saved(tmp_path):

@@ -256,12 +256,14 @@ class RankingData:
         return [read_texts(self.shards, table, own[part]) for part in parts], np.argsort(np.concatenate(parts))
 
 
-def prefetch(make: Callable[[int], Any], start: int, stop: int, depth: int = 4, pin: bool = False) -> Iterator[Any]:
+def prefetch(make: Callable[[int], Any], start: int, stop: int, depth: int = 4,
+             device: torch.device | None = None) -> Iterator[Any]:
     """``make(start) … make(stop - 1)`` in order, computed in a background thread up to ``depth`` ahead.
 
     Args:
-        pin: put their tensors into page-locked memory there, see `pinned`.
+        device: where the batches will go; for a GPU their tensors are put into page-locked memory, see `pinned`.
     """
+    pin = device is not None and device.type == "cuda"
     ready: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
 
@@ -276,6 +278,8 @@ def prefetch(make: Callable[[int], Any], start: int, stop: int, depth: int = 4, 
 
     def work() -> None:
         try:
+            if pin:
+                torch.cuda.set_device(device)  # of this thread, which would open the first GPU otherwise
             for step in range(start, stop):
                 if not put((pinned(make(step)) if pin else make(step), None)):
                     return

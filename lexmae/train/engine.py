@@ -162,11 +162,17 @@ class Engine:
     def end_micro_batch(self) -> None:
         """Close a micro-batch that is not the last of its step."""
         self.deepspeed.step()
-        self._left -= 1
+        self._count_down(self._left > 1)
         self.deepspeed.set_gradient_accumulation_boundary(self._left == 1)
+
+    def _count_down(self, right: bool) -> None:
+        if not right:  # DeepSpeed would have taken the gradients of this micro-batch for those of another step
+            raise RuntimeError("a step has another number of micro-batches than `expect` was told")
+        self._left -= 1
 
     def step(self, lr: float) -> StepReport:
         """Close the last micro-batch and update the weights with learning rate ``lr``."""
+        self._count_down(self._left == 1)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         own_norm = None if hasattr(self.deepspeed.optimizer, "_global_grad_norm") else self._grad_norm()

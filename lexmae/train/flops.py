@@ -15,6 +15,7 @@ bottleneck's, which has a gradient on one side.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -92,13 +93,13 @@ class _Layers:
 
     def __init__(self, lm: Any, hidden: int):
         self._per_token = 2 * _entries(lm.base_model)
-        self._windows, self._hidden = windows(lm), hidden
+        self._windows, self._hidden = Counter(windows(lm)), hidden
 
     def __call__(self, attention_mask: torch.Tensor) -> float:
         """Of texts with this mask, [B, L]."""
         lengths = attention_mask.sum(1).double()
-        seen = sum((lengths * (lengths if reach is None else lengths.clamp(max=2 * reach + 1))).sum().item()
-                   for reach in self._windows)
+        seen = sum(layers * (lengths * (lengths if reach is None else lengths.clamp(max=2 * reach + 1))).sum().item()
+                   for reach, layers in self._windows.items())
         return self._per_token * lengths.sum().item() + 4 * self._hidden * seen
 
 

@@ -17,6 +17,7 @@ from lexmae.errors import InputError
 _MICRO = "train_micro_batch_size_per_gpu"
 # Keys of a DeepSpeed configuration that say how a model learns: the recipe owns them.
 _RECIPE_KEYS = {"train_batch_size": "optimization.batch", "gradient_accumulation_steps": "optimization.batch",
+                "managed_gradient_accumulation": "optimization.micro_batch",
                 "optimizer": "optimization.lr and its siblings", "scheduler": "optimization.warmup",
                 "gradient_clipping": "optimization.clip"}
 

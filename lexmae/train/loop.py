@@ -84,7 +84,7 @@ def train(run: Run, start: int = 0) -> None:
     log = MetricsLog(run.folder, start)
     checkpoints = run.folder / "checkpoints"
     bar = progress(total=run.total, desc=run.folder.name, unit="step", initial=start)
-    batches = prefetch(run.data, start, run.total, pin=run.engine.device.type == "cuda")
+    batches = prefetch(run.data, start, run.total, device=run.engine.device)
     window, shown = _Window(), {}
     try:
         for step in range(start, run.total):
