@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from tiny_models import SIZES
 
+from lexmae.config import BottleneckConfig, LossConfig, MaskingConfig, NegativesConfig
+from lexmae.data.batches import PretrainData, RankingData
 from lexmae.data.budget import balanced, cut, deal
+from lexmae.model import backbone
+from lexmae.model.encoder import SparseEncoder
+from lexmae.model.pretrainer import Pretrainer
+from lexmae.train.objectives import PretrainObjective, RankingModel, RankingObjective
 
 
 def lengths(count: int, seed: int = 0, longest: int = 60) -> np.ndarray:
@@ -83,3 +91,74 @@ def test_an_order_that_balances_contiguous_shares(world):
     assert totals.max() - totals.min() <= 60
     if world == 1:
         assert order.tolist() == list(range(48))
+
+
+# ---------------------------------------------------------------------------- what a step of training makes of it
+
+
+def model_for(shards, packed: bool):
+    special = {name: getattr(shards.special, name) for name in ("pad", "unk", "cls", "sep", "mask")}
+    torch.manual_seed(0)
+    lm = backbone.create_masked_lm("bert", shards.vocab_size, special, {**SIZES["bert"], "max_position_embeddings": 32})
+    if packed:
+        backbone.use_packing(lm)
+    return lm
+
+
+def gradients(model) -> torch.Tensor:
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_pretraining_has_the_loss_of_the_whole_batch(tiny_shards, world, packed):
+    model = Pretrainer(model_for(tiny_shards, packed), 2).eval()
+    objective, masks = PretrainObjective(BottleneckConfig(), packed), MaskingConfig()
+
+    def step(ranks: list) -> tuple[float, torch.Tensor]:
+        totals = [float(sum(values)) for values in zip(*map(objective.counts, ranks), strict=True)]
+        losses = [objective.loss(model, batch, totals, 0, 1)[0] for batches in ranks for batch in batches]
+        sum(losses).backward()
+        return sum(loss.item() for loss in losses), gradients(model)
+
+    whole = step([PretrainData(tiny_shards, masks, seed=5, batch=16, micro_batch=16)(2)])
+    cut_up = [PretrainData(tiny_shards, masks, seed=5, batch=16, micro_batch=0, rank=rank, world=world,
+                           micro_tokens=64, packed=packed)(2) for rank in range(world)]
+    assert sum(map(len, cut_up)) > 4
+    found = step(cut_up)
+    assert found[0] == pytest.approx(whole[0], rel=1e-5)
+    torch.testing.assert_close(found[1], whole[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_fine_tuning_has_the_loss_of_the_whole_batch(tiny_shards, lists, world, packed):
+    """Every rank makes the loss of the global batch of the vectors of all; here each knows the others' beforehand."""
+    model = RankingModel(SparseEncoder(model_for(tiny_shards, packed)), recompute=True).eval()
+    negatives = NegativesConfig(per_query=3)
+    config = LossConfig(lambda_docs=0.01, lambda_queries=0.02)
+
+    def batch(**options):
+        return RankingData(tiny_shards, "train", lists, negatives, seed=2, batch=6, **options)(1)
+
+    expected = RankingObjective(config, lambda rows: rows, 1).loss(model, batch(micro_batch=100), [], 0, 1)[0]
+    expected.backward()
+    wanted = gradients(model)
+    ranks = [batch(micro_batch=0, micro_tokens=64, packed=packed, rank=rank, world=world) for rank in range(world)]
+    with torch.no_grad():
+        known = [model(rank) for rank in ranks]
+    total = torch.zeros_like(wanted)
+    for number, own in enumerate(ranks):
+        sides = iter(range(2))
+
+        def gather(rows: torch.Tensor, number=number, sides=sides) -> torch.Tensor:
+            side = next(sides)
+            return torch.cat([rows if rank == number else known[rank][side] for rank in range(world)])
+
+        loss = RankingObjective(config, gather, world).loss(model, own, [], 0, 1)[0] * world
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        loss.backward()
+        total += gradients(model)
+    torch.testing.assert_close(total, wanted, atol=1e-5, rtol=1e-4)

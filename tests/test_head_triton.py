@@ -133,6 +133,28 @@ def test_it_is_deterministic():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_trial_before_it_is_chosen(dtype, monkeypatch):
+    triton, device = head._triton(), torch.device(DEVICE)
+    assert triton.agrees(device, dtype)
+    original = triton.tiled_max
+    monkeypatch.setattr(triton, "tiled_max", lambda *args: (original(*args)[0] + 1, original(*args)[1]))
+    assert not triton.agrees(device, dtype)
+
+
+def test_a_kernel_that_does_not_run_is_not_chosen(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no compiler")
+
+    triton = head._triton()
+    monkeypatch.setattr(triton, "agrees", broken)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    triton.runs_on.cache_clear()
+    with pytest.warns(UserWarning, match="no compiler"):
+        assert head.choose_implementation("auto", torch.device("cuda", 0), torch.float16) == "chunked"
+    triton.runs_on.cache_clear()
+
+
 def test_float64_is_refused_and_auto_knows_where_it_runs():
     leaves, mask = inputs(dtype=torch.float64)
     with pytest.raises(InputError, match="does not compute torch.float64"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +200,30 @@ def test_dropout_of_attention(form, monkeypatch):
 def test_a_cpu_pads_attention():
     query = heads(0)[0]
     assert attention.choose(query, 0.0, None) == attention.choose(query.bfloat16(), 0.1, 4) == "padded"
+
+
+def test_a_form_that_fails_is_not_chosen(monkeypatch):
+    """On a CPU nested tensors give the padded values, and flash attention has no kernel."""
+    monkeypatch.setattr(attention, "_failed", set())
+    with pytest.warns(UserWarning, match="does without its form 'varlen' in torch.float32"):
+        attention.try_out(torch.device("cpu"), 8, True, (torch.float32,))
+    assert attention._failed == {("varlen", torch.float32)}
+    monkeypatch.setitem(attention._FORMS, "nested", lambda *a: 2 * attention._padded(*a))
+    with pytest.warns(UserWarning, match="'nested' in torch.float32: other values"):
+        attention.try_out(torch.device("cpu"), 8, False, (torch.float32,))
+    assert attention._failed == {("varlen", torch.float32), ("nested", torch.float32)}
+
+
+def test_the_form_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_failed", set())
+    query = SimpleNamespace(dtype=torch.bfloat16, shape=(5, 2, 64), is_cuda=True, device="cuda:0")
+    assert attention.choose(query, 0.0, None) == attention.choose(query, 0.0, 4) == "varlen"
+    assert attention.choose(query, 0.1, None) == "nested" and attention.choose(query, 0.1, 4) == "padded"
+    attention._failed.add(("varlen", torch.bfloat16))
+    assert attention.choose(query, 0.0, None) == "nested" and attention.choose(query, 0.0, 4) == "padded"
+    for other in ({"dtype": torch.float32}, {"shape": (5, 2, 20)}, {"shape": (5, 2, 512)}):
+        assert attention.choose(SimpleNamespace(**{**vars(query), **other}), 0.0, None) == "padded"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

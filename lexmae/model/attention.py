@@ -12,6 +12,7 @@ Shapes: N tokens of all texts, A heads, D their size, B texts, L tokens of the l
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -24,8 +25,12 @@ from transformers.masking_utils import sdpa_mask
 from lexmae.model.packing import Packing
 
 PACKED = "lexmae_packed"
+HALF = (torch.float16, torch.bfloat16)
 _FLASH_SINCE = (8, 0)  # compute capability
 _FLASH_HEAD = 256  # largest D
+
+
+_failed: set[tuple[str, torch.dtype]] = set()  # what `try_out` has found not to work here
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None = None,
@@ -38,20 +43,53 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: f
         dropout: share of the weights that are dropped.
         window: a token sees others at most this far away; all of its text where it is None.
     """
-    form = choose(query, dropout, window)
-    if form == "varlen":
-        return _varlen(query, key, value, packing, scale, window)
-    return (_nested if form == "nested" else _padded)(query, key, value, packing, scale, dropout, window)
+    return _FORMS[choose(query, dropout, window)](query, key, value, packing, scale, dropout, window)
 
 
 def choose(query: Tensor, dropout: float, window: int | None) -> str:
     """`varlen`, `nested` or `padded`, for queries [N, A, D] on their device and in their type."""
-    fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= _FLASH_HEAD and not query.shape[-1] % 8
+    fits = query.dtype in HALF and query.shape[-1] <= _FLASH_HEAD and not query.shape[-1] % 8
     if not (query.is_cuda and fits and torch.cuda.get_device_capability(query.device) >= _FLASH_SINCE):
         return "padded"
-    if not dropout and _find_varlen() is not None:
+    if not dropout and ("varlen", query.dtype) not in _failed:
         return "varlen"
-    return "nested" if window is None else "padded"
+    return "nested" if window is None and ("nested", query.dtype) not in _failed else "padded"
+
+
+def try_out(device: torch.device, size: int, limited: bool, dtypes: tuple[torch.dtype, ...] = HALF) -> None:
+    """Compute a small batch in each form, forward and backward; a form that fails or differs is not chosen from then
+    on, and a warning says so. What is newer than torch 2.4 is missing in some installations, and kernels depend on the
+    GPU.
+
+    Args:
+        size: of a head.
+        limited: whether some layers have windows.
+    """
+    for dtype in dtypes:
+        for form, reaches in (("varlen", (None, 2) if limited else (None,)), ("nested", (None,))):
+            try:
+                reason = "" if all(_agrees(form, device, size, dtype, reach) for reach in reaches) else "other values"
+            except Exception as error:  # of a missing module, kernel or driver: whatever keeps it from running
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if reason:
+                _failed.add((form, dtype))
+                warnings.warn(f"attention of packed texts does without its form '{form}' in {dtype}: {reason}",
+                              stacklevel=2)
+
+
+def _agrees(form: str, device: torch.device, size: int, dtype: torch.dtype, window: int | None) -> bool:
+    """Whether a form gives the values and gradients of the padded one."""
+    generator = torch.Generator().manual_seed(0)
+    packing = Packing.of((torch.arange(24) < torch.tensor([[24], [5], [17]])).to(device))
+    leaves = [torch.randn(len(packing.index), 2, size, generator=generator).to(device, dtype).requires_grad_()
+              for _ in range(3)]
+    results = []
+    with torch.enable_grad():
+        for name in (form, "padded"):
+            out = _FORMS[name](*leaves, packing, None, 0.0, window)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    return all(torch.allclose(one.float(), other.float(), atol=0.1, rtol=0.05)
+               for one, other in zip(*results, strict=True))
 
 
 def windows(lm: nn.Module) -> list[int | None]:
@@ -61,20 +99,13 @@ def windows(lm: nn.Module) -> list[int | None]:
     return [*limited, *[None] * (lm.config.num_hidden_layers - len(limited))]
 
 
-def _find_varlen():
-    """torch's variable-length attention, which is newer than the oldest torch that this project takes."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
-def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None,
+def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, dropout: float,
             window: int | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # newer than the oldest torch that this project takes
+
     longest, reach = packing.mask.shape[1], -1 if window is None else window
-    return _find_varlen()(query, key, value, packing.starts, packing.starts, longest, longest, scale=scale,
-                          window_size=(reach, reach))
+    return varlen_attn(query, key, value, packing.starts, packing.starts, longest, longest, scale=scale,
+                       window_size=(reach, reach))
 
 
 def _nested(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, dropout: float,
@@ -95,6 +126,9 @@ def _padded(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: 
     padded = [packing.pad(each).transpose(1, 2) for each in (query, key, value)]  # [B, A, L, D]
     out = F.scaled_dot_product_attention(*padded, attn_mask=seen, dropout_p=dropout, scale=scale)
     return packing.pack(out.transpose(1, 2))
+
+
+_FORMS = {"varlen": _varlen, "nested": _nested, "padded": _padded}
 
 
 def _layer_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lexmae.errors import InputError
-from lexmae.model.attention import PACKED
+from lexmae.model.attention import PACKED, try_out, windows
 from lexmae.model.packing import Packing
 
 
@@ -302,6 +302,9 @@ def run_packed(lm: PreTrainedModel, packing: Packing, **inputs: Tensor) -> Tenso
 
 def use_packing(lm: PreTrainedModel) -> None:
     """Let the model compute batches without their padding, where `packing` says how."""
+    if torch.cuda.is_available():
+        config, gpu = lm.config, torch.device("cuda", torch.cuda.current_device())
+        try_out(gpu, config.hidden_size // config.num_attention_heads, any(windows(lm)))
     lm.set_attn_implementation(PACKED)
 
 

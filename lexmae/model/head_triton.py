@@ -13,6 +13,9 @@ Shapes: B sequences, L text tokens of the longest, H hidden size, V vocabulary, 
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 import triton
 import triton.language as tl
@@ -23,10 +26,32 @@ _ENTRIES = 128  # of the vocabulary, in a tile
 _SINCE = {torch.bfloat16: (8, 0)}  # compute capability; 7.0 for other types
 
 
+@functools.cache
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a GPU of this kind computes products of this type in the kernel."""
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _SINCE.get(dtype, (7, 0))
-    return capable and dtype in TYPES
+    """Whether a device computes products of this type in the kernel, which a small trial finds out; a warning says
+    what went wrong."""
+    if device.type != "cuda" or dtype not in TYPES:
+        return False
+    if torch.cuda.get_device_capability(device) < _SINCE.get(dtype, (7, 0)):
+        return False
+    try:
+        return agrees(device, dtype)
+    except Exception as error:  # of a compiler, a driver, a missing header: whatever keeps the kernel from running
+        warnings.warn(f"the head's Triton form does not run on this GPU, torch's does its work: {error}", stacklevel=2)
+        return False
+
+
+def agrees(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel gives torch's maxima for a small batch."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 72, generator=generator).to(device, dtype) for n in (50, 150))
+    source = torch.arange(50, device=device).view(2, 25)
+    counts = torch.tensor([25, 7], device=device)
+    best, where = tiled_max(hidden, weight, source, counts, dtype, True)
+    logits = hidden.float() @ weight.float().t()
+    expected = torch.stack([logits[:25].amax(0), logits[25:32].amax(0)])
+    chosen = logits[source.gather(1, where.long()), torch.arange(150, device=device)]
+    return all(torch.allclose(values, expected, atol=0.05, rtol=0.02) for values in (best, chosen))
 
 
 def tiled_max(
