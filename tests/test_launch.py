@@ -163,11 +163,18 @@ def test_losses_fall(alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "stage"), [("pretrain", 2), ("finetune", 3), ("pretrain", 0),
-                                           ("rerank", 3)])
-def test_resumed_run_equals_one_that_never_stopped(kind, stage, shards_dir, tmp_path):
+@pytest.mark.parametrize(("kind", "stage", "packed"), [("pretrain", 2, False), ("finetune", 3, False),
+                                                     ("pretrain", 0, False), ("rerank", 3, False),
+                                                     ("pretrain", 1, True), ("finetune", 2, True)])
+def test_resumed_run_equals_one_that_never_stopped(kind, stage, packed, shards_dir, tmp_path):
+    """With dropout; without padding and with a budget of tokens where ``packed``."""
     model = {**TINY, "size": {**TINY["size"], "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}}
-    recipe = write_recipe(tmp_path, kind, shards_dir, model=model, deepspeed=f"ds_configs/fp32_zero{stage}.json")
+    changes = {"model": model, "deepspeed": f"ds_configs/fp32_zero{stage}.json"}
+    if packed:
+        changes["model"] = {**model, "packing": "on"}
+        changes["optimization"] = {**SECTIONS[kind]["optimization"], "micro_tokens": BUDGETS[kind]}
+        del changes["optimization"]["micro_batch"]
+    recipe = write_recipe(tmp_path, kind, shards_dir, **changes)
     run([f"launch/{kind}.py", str(recipe)], ranks=2)
     whole = tmp_path / "whole"
     shutil.copytree(tmp_path / "run", whole)
@@ -177,7 +184,7 @@ def test_resumed_run_equals_one_that_never_stopped(kind, stage, shards_dir, tmp_
     (checkpoints / "step-6").rename(checkpoints / "step-6.partial")
     (checkpoints / "step-6.partial" / artifact.MANIFEST).unlink()
     run([f"launch/{kind}.py", str(recipe), "--resume", "auto"], ranks=2)
-    timed = {"tokens_per_second", "data_wait", "seconds_per_step"}
+    timed = {"tokens_per_second", "data_wait", "seconds_per_step", "tflops"}
     for before, after in zip(log(whole), log(tmp_path / "run"), strict=True):
         assert {k: v for k, v in after.items() if k not in timed} == {k: v for k, v in before.items() if k not in timed}
     for name, tensor in weights(whole).items():
