@@ -109,6 +109,7 @@ def test_commands_say_what_the_recipe_says(folder):
     assert option(steps["one-queries"], "--split") == "test" and option(steps["one-docs"], "--batch-tokens") == "500"
     assert option(steps["one-index"], "--engine") == "anserini" and option(steps["one-search"], "--hits") == "77"
     assert option(steps["one-evaluate"], "--qrels") == "work/shards/qrels/test.tsv"
+    assert option(steps["one-evaluate"], "--compare") == "work/bm25/run.trec"
     assert option(steps["one-negatives"], "--qrels") == "work/shards/qrels/learn.tsv"
     assert int(option(steps["one-learn-search"], "--hits")) > 20  # judged positives are taken out of it
     assert option(steps["bm25-negatives"], "--depth") == "512"
@@ -205,6 +206,8 @@ def test_a_reranker_is_trained_reranks_and_teaches(reranking):
     assert option(steps["one-negatives"], "--depth") == "70", "stage two needs 20 of them"
     rerank = steps["rerank"]
     assert option(rerank, "--run") == "work/one/run.trec" and option(rerank, "--depth") == "40"
+    assert option(steps["rerank-evaluate"], "--compare") == "work/one/run.trec"
+    assert option(steps["three-evaluate"], "--compare") == "work/two/run.trec"
     assert option(rerank, "--split") == "dev" and option(rerank, "--model") == "work/reranker/model"
     assert {Path("work/one/run.trec"), Path("work/reranker/model"), Path("work/shards")} == set(rerank.inputs)
     scores = steps["two-scores"]
@@ -467,7 +470,9 @@ def figures(tmp_path) -> PipelineRecipe:
     write_json(work / "bm25" / "metrics.json", {"means": means})
     write_json(work / "bm25" / "bm25.json", {"terms_docs": 40.25, "terms_queries": 3.5, "index_bytes": 2_000_000,
                                              "queries_per_second": 1234.6})
-    write_json(work / "one" / "metrics.json", {"means": {name: value + 0.1 for name, value in means.items()}})
+    tests = [{"measure": "MAP"}, {"measure": "MRR@10", "mean_a": 0.35, "mean_b": 0.25, "p_t": 0.0123}]
+    write_json(work / "one" / "metrics.json", {"means": {name: value + 0.1 for name, value in means.items()},
+                                               "compare": {"run": str(work / "bm25" / "run.trec"), "tests": tests}})
     write_json(work / "one" / "run.json", {"queries_per_second": 99.5})
     for name, active in (("vectors-docs", 120.04), ("vectors-dev", 12.0)):
         with artifact.create(work / "one" / name, "vectors") as draft:
@@ -480,10 +485,14 @@ def figures(tmp_path) -> PipelineRecipe:
 def test_the_table(figures):
     text = report.write(figures, {"prepare": 1.5})
     assert text.splitlines() == [
-        "|      | MRR@10 | nDCG@10 | Recall@100 | Recall@1000 | terms/doc | terms/query | index MB | queries/s |",
-        "|------|-------:|--------:|-----------:|------------:|----------:|------------:|---------:|----------:|",
-        "| BM25 | 0.2500 |  0.3000 |     0.5000 |      0.6000 |      40.2 |         3.5 |      2.0 |      1235 |",
-        "| one  | 0.3500 |  0.4000 |     0.6000 |      0.7000 |     120.0 |        12.0 |      3.4 |       100 |"]
+        "|      | MRR@10 | nDCG@10 | Recall@100 | Recall@1000 |      difference in MRR@10 "
+        "| terms/doc | terms/query | index MB | queries/s |",
+        "|------|-------:|--------:|-----------:|------------:|--------------------------:"
+        "|----------:|------------:|---------:|----------:|",
+        "| BM25 | 0.2500 |  0.3000 |     0.5000 |      0.6000 |                         – "
+        "|      40.2 |         3.5 |      2.0 |      1235 |",
+        "| one  | 0.3500 |  0.4000 |     0.6000 |      0.7000 | +0.1000 to BM25 (p 0.012) "
+        "|     120.0 |        12.0 |      3.4 |       100 |"]
     work = Path(figures.work)
     assert (work / "results.md").read_text() == text + "\n"
     written = json.loads((work / "results.json").read_text())
@@ -502,7 +511,7 @@ def test_the_row_of_the_reranked_run(figures, source):
     rates = {"bm25": "10", "one": "9"}  # 1234.6 and 10: 9.92
     sizes = {"bm25": "2.0", "one": "3.4"}
     cells = [cell.strip() for cell in lines[{"bm25": 3, "one": 4}[source]].strip("|").split("|")]
-    assert cells == ["rerank", *["0.7500"] * 4, "–", "–", sizes[source], rates[source]] and len(lines) == 5
+    assert cells == ["rerank", *["0.7500"] * 4, "–", "–", "–", sizes[source], rates[source]] and len(lines) == 5
     write_json(work / "reranker" / "run.json", {"queries_per_second": None})
     text = report.table(report.collect(dataclasses.replace(figures, reranker=RerankerConfig(negatives=source))))
     assert next(line for line in text.splitlines() if "rerank" in line).endswith(" – |")
@@ -518,8 +527,19 @@ def test_further_splits_and_collections_have_tables_of_their_own(figures):
     first, *further = text.split("\n\n")
     assert "terms/doc" in first and "terms/doc" not in "".join(further)
     assert further[1].splitlines() == [
-        "| other | MRR@10 | nDCG@10 | Recall@100 | Recall@1000 |",
-        "|-------|-------:|--------:|-----------:|------------:|",
-        "| BM25  | 0.5000 |  0.5000 |     0.5000 |      0.5000 |",
-        "| one   | 0.7500 |  0.7500 |     0.7500 |      0.7500 |"]
+        "| other | MRR@10 | nDCG@10 | Recall@100 | Recall@1000 | difference in MRR@10 |",
+        "|-------|-------:|--------:|-----------:|------------:|---------------------:|",
+        "| BM25  | 0.5000 |  0.5000 |     0.5000 |      0.5000 |                    – |",
+        "| one   | 0.7500 |  0.7500 |     0.7500 |      0.7500 |                    – |"]
     assert json.loads((work / "results.json").read_text())["further"]["test"]["one"]["MRR@10"] == 0.75
+
+
+def test_a_reranked_run_has_a_row_in_every_table(figures):
+    work = Path(figures.work)
+    for row in ("bm25", "one", "reranker"):
+        for file in ("metrics-test.json", "other/metrics.json"):
+            write_json(work / row / file, {"means": dict.fromkeys(report.MEASURES, 0.5)})
+    evaluation = EvaluationConfig(more_splits=("test",), zero_shot=(CollectionConfig("other", "text"),))
+    further = report.collect_further(dataclasses.replace(
+        figures, evaluation=evaluation, reranker=RerankerConfig(negatives="bm25")))
+    assert list(further["test"]) == list(further["other"]) == ["BM25", "rerank", "one"]

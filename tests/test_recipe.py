@@ -170,3 +170,13 @@ def test_what_is_dumped_is_read_again(load, tmp_path):
     text = recipe.dump(load(MINIMAL, "optimization.lr=2e-5", kind=FinetuneRecipe))
     assert yaml.safe_load(text)["optimization"]["lr"] == 2e-5
     assert load(text, kind=FinetuneRecipe).optimization.lr == 2e-5
+
+
+@pytest.mark.parametrize("word", ["off", "on", "yes", "no"])
+def test_words_that_older_yaml_takes_for_booleans_are_words(load, word):
+    assert load(f"data: {word}\noutput: o\n").data == word
+    assert load("data: d\noutput: o\n", f"data={word}").data == word
+
+
+def test_the_bottleneck_is_switched_off_by_the_word(load):
+    assert load("data: d\noutput: o\nbottleneck: {source: off}\n").bottleneck.source == "off"

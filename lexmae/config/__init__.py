@@ -37,6 +37,8 @@ class ModelConfig:
             before any training (``lexmae.model.lexical_start``) in place of the family's usual ones.
         frequency_penalty: lower the output bias of frequent tokens by up to this much before training, so that
             their weights start small, as with an inverse document frequency; 0 (the paper) leaves the bias alone.
+        fit_head: fit the LM head to the text where the backbone comes without one (``lexmae.model.head_fit``); without
+            it, such a head starts at random.
         queries: what makes a query's vector: ``shared``, the documents' encoder (the paper); ``static``, a table
             with a learned weight per token, so that a query needs no model (``lexmae.model.static_queries``).
         packing: compute texts one behind the other, without padding (``lexmae.model.packing``); ``auto`` does so on a
@@ -51,6 +53,7 @@ class ModelConfig:
     size: Mapping[str, Any] = field(default_factory=dict)
     lexical_start: bool = False
     frequency_penalty: float = 0.0
+    fit_head: bool = True
     queries: str = "shared"
     packing: str = "auto"
     compile: bool = False

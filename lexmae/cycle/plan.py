@@ -106,6 +106,12 @@ class Plan:
             self._add_stage(stage)
             self._add_reranker(stage.name)
 
+    @property
+    def _training(self) -> Target:
+        """The queries that are trained on."""
+        split = self.config.evaluation.train_split
+        return Target(split, "", self.corpus, self.shards, split)
+
     def qrels(self, split: str) -> Path:
         """Judgements of a split, as the shards keep them."""
         return self.shards / "qrels" / f"{split}.tsv"
@@ -178,7 +184,7 @@ class Plan:
     def _add_bm25(self) -> None:
         evaluation, folder = self.config.evaluation, self.work / "bm25"
         for target in self.targets:
-            run = folder / target.folder / f"run{target.file}.trec"
+            run = self._run("bm25", target)
             self._add(f"bm25{target.infix}", [
                 "tools/mine.py", "--bm25", str(target.text), "--split", target.split, "--hits", str(evaluation.hits),
                 "--run-output", str(run), "--json", str(run.with_name(f"bm25{target.file}.json"))],
@@ -192,11 +198,17 @@ class Plan:
                 "--depth", str(max(depths)), "--output", str(folder / "negatives.jsonl")],
                 folder / "negatives.jsonl", [self.corpus, self.shards])
 
-    def _add_evaluation(self, name: str, run: Path, target: Target) -> None:
+    def _add_evaluation(self, name: str, run: Path, target: Target, against: str | None = None) -> None:
+        """Measure a run, and test it against that of ``against``, an earlier row of the results."""
         output = run.with_name(f"metrics{target.file}.json")
+        other = [str(self._run(against, target))] if against else []
         self._add(f"{name}{target.infix}-evaluate", [
-            "tools/evaluate.py", "--run", str(run), "--qrels", str(target.qrels), "--json", str(output)], output,
-            [run, target.shards])
+            "tools/evaluate.py", "--run", str(run), "--qrels", str(target.qrels), "--json", str(output),
+            *(["--compare", *other] if other else [])], output, [run, target.shards, *map(Path, other)])
+
+    def _run(self, name: str, target: Target) -> Path:
+        """The ranking that a stage, BM25 or the cross-encoder gives for what is measured."""
+        return self.work / name / target.folder / f"run{target.file}.trec"
 
     def _negatives(self, source: str, user: str) -> Path:
         """The file of negatives of a stage or the reranker, mined with an earlier stage's model where it names one."""
@@ -207,11 +219,10 @@ class Plan:
             if not path.is_file():
                 raise InputError(f"no such file, and no earlier stage of that name (stage {user})", path)
             return path
-        split = self.config.evaluation.train_split
+        split = self._training.split
         name, folder = f"{source}-{split}", self.work / source
         depth = max(other.mine_depth for other in self._mined if other.negatives == source)
-        training = Target(split, "", self.corpus, self.shards, split)
-        vectors = self._add_encode(f"{name}-encode", source, "queries", training)
+        vectors = self._add_encode(f"{name}-encode", source, "queries", self._training)
         passages = self.config.prepare.split_documents  # the hard ones are passages, not documents
         run = self._add_search(f"{name}-search", vectors, folder / "index", folder / f"{split}.trec",
                                depth + (_SPARE_PASSAGES if passages else _SPARE_HITS))
@@ -243,18 +254,18 @@ class Plan:
             return
         model = self._add_ranking(RERANKER, "launch/rerank.py", RerankRecipe, reranker,
                                   self._negatives(source, RERANKER))
-        target, folder = self.targets[0], self.work / RERANKER
-        run = folder / "run.trec"
-        self._add_scoring("rerank", model, target.split, ["--run", str(self.work / source / "run.trec")], run,
-                          reranker.rerank_depth, ["--json", str(run.with_suffix(".json"))])
-        self._add_evaluation("rerank", run, target)
+        for target in self.targets:
+            run = self._run(RERANKER, target)
+            self._add_scoring(f"rerank{target.infix}", model, target, ["--run", str(self._run(source, target))], run,
+                              reranker.rerank_depth, ["--json", str(run.with_suffix(".json"))])
+            self._add_evaluation("rerank", run, target, source)
 
-    def _add_scoring(self, name: str, model: Path, split: str, source: list[str], output: Path, depth: int,
+    def _add_scoring(self, name: str, model: Path, target: Target, source: list[str], output: Path, depth: int,
                      more: list[str]) -> Path:
-        return self._add(name, ["tools/score.py", "--model", str(model), "--data", str(self.shards), "--split", split,
-                                *source, "--depth", str(depth), "--output", str(output), "--batch-tokens",
+        return self._add(name, ["tools/score.py", "--model", str(model), "--data", str(target.shards), "--split",
+                                target.split, *source, "--depth", str(depth), "--output", str(output), "--batch-tokens",
                                 str(self.config.evaluation.batch_tokens), *more],
-                         output, [model, self.shards, Path(source[1])], trains=True, resumes=True)
+                         output, [model, target.shards, Path(source[1])], trains=True, resumes=True)
 
     def _taught(self, stage: StageConfig, negatives: Path) -> Path:
         """The negatives of a stage with the scores of its teacher, where it has one."""
@@ -262,9 +273,8 @@ class Plan:
             return negatives
         source = stage.negatives if stage.negatives in ("bm25", *self._stages_done) else stage.name
         folder = self.work / RERANKER
-        return self._add_scoring(f"{source}-scores", folder / "model", self.config.evaluation.train_split,
-                                 ["--negatives", str(negatives)], folder / f"{source}.jsonl",
-                                 self.config.reranker.score_depth, [])
+        return self._add_scoring(f"{source}-scores", folder / "model", self._training, ["--negatives", str(negatives)],
+                                 folder / f"{source}.jsonl", self.config.reranker.score_depth, [])
 
     def _add_stage(self, stage: StageConfig) -> None:
         negatives = self._taught(stage, self._negatives(stage.negatives, stage.name))
@@ -281,9 +291,9 @@ class Plan:
         index = self._add(f"{model}{infix}-index", [
             "tools/index.py", "--vectors", str(docs), "--engine", self.config.evaluation.engine, "--output",
             str(folder / "index")], folder / "index", [docs])
-        run = self._add_search(f"{model}{infix}-search", queries, index, folder / f"run{target.file}.trec",
+        run = self._add_search(f"{model}{infix}-search", queries, index, self._run(model, target),
                                self.config.evaluation.hits, documents=self.config.prepare.split_documents)
-        self._add_evaluation(model, run, target)
+        self._add_evaluation(model, run, target, self._stages_done[-1] if self._stages_done else "bm25")
 
     def _add_encode(self, name: str, model: str, side: str, target: Target) -> Path:
         evaluation, folder = self.config.evaluation, self.work / model

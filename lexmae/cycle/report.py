@@ -10,6 +10,7 @@ from lexmae import artifact
 from lexmae.cycle.config import RERANKER, PipelineRecipe
 
 MEASURES = ("MRR@10", "nDCG@10", "Recall@100", "Recall@1000")
+_TESTED = "MRR@10"
 _COSTS = ("terms/doc", "terms/query", "index MB", "queries/s")
 
 Rows = dict[str, dict[str, Any]]
@@ -19,7 +20,7 @@ def collect(config: PipelineRecipe) -> Rows:
     """Figures of BM25 and of every stage, from what the steps wrote."""
     work, split = Path(config.work), config.evaluation.split
     bm25 = json.loads((work / "bm25" / "bm25.json").read_text(encoding="utf-8"))
-    rows = {"BM25": {**_measures(work / "bm25" / "metrics.json"), "terms_docs": bm25["terms_docs"],
+    rows = {"BM25": {**_measures(work, "bm25/metrics.json"), "terms_docs": bm25["terms_docs"],
                      "terms_queries": bm25["terms_queries"], "index_bytes": bm25["index_bytes"],
                      "queries_per_second": bm25["queries_per_second"]}}
     _add_reranked(config, "bm25", rows)
@@ -27,7 +28,7 @@ def collect(config: PipelineRecipe) -> Rows:
         folder = work / stage.name
         search = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         rows[stage.name] = {
-            **_measures(folder / "metrics.json"),
+            **_measures(work, f"{stage.name}/metrics.json"),
             "terms_docs": artifact.read(folder / "vectors-docs").extra["mean_active"],
             "terms_queries": artifact.read(folder / f"vectors-{split}").extra["mean_active"],
             "index_bytes": sum(p.stat().st_size for p in (folder / "index").rglob("*") if p.is_file()),
@@ -40,10 +41,10 @@ def _add_reranked(config: PipelineRecipe, source: str, rows: Rows) -> None:
     """The row of the reranked run behind that of the run itself; index and speed are those of the pair of them."""
     if config.reranker is None or config.reranker.negatives != source:
         return
-    folder, first = Path(config.work) / RERANKER, list(rows.values())[-1]
-    rate = json.loads((folder / "run.json").read_text(encoding="utf-8"))["queries_per_second"]
+    work, first = Path(config.work), list(rows.values())[-1]
+    rate = json.loads((work / RERANKER / "run.json").read_text(encoding="utf-8"))["queries_per_second"]
     pair = 1 / (1 / first["queries_per_second"] + 1 / rate) if rate and first["queries_per_second"] else None
-    rows["rerank"] = {**_measures(folder / "metrics.json"), "index_bytes": first["index_bytes"],
+    rows["rerank"] = {**_measures(work, f"{RERANKER}/metrics.json"), "index_bytes": first["index_bytes"],
                       "queries_per_second": pair}
 
 
@@ -52,13 +53,42 @@ def collect_further(config: PipelineRecipe) -> dict[str, Rows]:
     work, evaluation = Path(config.work), config.evaluation
     files = {split: f"metrics-{split}.json" for split in evaluation.more_splits}
     files |= {other.name: f"{other.name}/metrics.json" for other in evaluation.zero_shot}
-    folders = {"BM25": work / "bm25"} | {stage.name: work / stage.name for stage in config.stages}
-    return {name: {row: _measures(folder / file) for row, folder in folders.items()} for name, file in files.items()}
+    folders = {"BM25": "bm25"} | {stage.name: stage.name for stage in config.stages}
+    if config.reranker:
+        folders = _behind(folders, config.reranker.negatives)
+    return {name: {row: _measures(work, f"{folder}/{file}") for row, folder in folders.items()}
+            for name, file in files.items()}
 
 
-def _measures(path: Path) -> dict[str, float]:
-    means = json.loads(path.read_text(encoding="utf-8"))["means"]
-    return {name: means[name] for name in MEASURES}
+def _behind(folders: dict[str, str], source: str) -> dict[str, str]:
+    """The rows with that of the cross-encoder behind the one that it reranks."""
+    found = {}
+    for row, folder in folders.items():
+        found[row] = folder
+        if folder == source:
+            found["rerank"] = RERANKER
+    return found
+
+
+def _measures(work: Path, path: str) -> dict[str, Any]:
+    """Means of a row, and how it differs from the row that it was tested against, where there is one."""
+    path = work / path
+    found = json.loads(path.read_text(encoding="utf-8"))
+    row = {name: found["means"][name] for name in MEASURES}
+    if "compare" in found:
+        test = next(test for test in found["compare"]["tests"] if test["measure"] == _TESTED)
+        other = Path(found["compare"]["run"]).relative_to(work).parts[0]
+        row["against"] = {"row": "BM25" if other == "bm25" else other, "difference": test["mean_a"] - test["mean_b"],
+                          "p": test["p_t"]}
+    return row
+
+
+def _test(row: dict[str, Any]) -> str:
+    """The difference of a row, as the table shows it."""
+    if "against" not in row:
+        return "–"
+    other = row["against"]
+    return f"{other['difference']:+.4f} to {other['row']} (p {other['p']:.2g})"
 
 
 def _figure(value: float | None, digits: int = 1) -> str:
@@ -68,9 +98,9 @@ def _figure(value: float | None, digits: int = 1) -> str:
 def table(rows: Rows, title: str = "") -> str:
     """The figures as a Markdown table, aligned; costs where the rows have them."""
     costs = any("terms_docs" in row for row in rows.values())
-    lines = [(title, *MEASURES, *(_COSTS if costs else ()))]
+    lines = [(title, *MEASURES, f"difference in {_TESTED}", *(_COSTS if costs else ()))]
     for name, row in rows.items():
-        line = [name, *(f"{row[measure]:.4f}" for measure in MEASURES)]
+        line = [name, *(f"{row[measure]:.4f}" for measure in MEASURES), _test(row)]
         if costs:
             line += [_figure(row.get("terms_docs")), _figure(row.get("terms_queries")),
                      _figure(row["index_bytes"] / 1e6), _figure(row["queries_per_second"], 0)]

@@ -95,9 +95,22 @@ def load_masked_lm(init: str, subfolder: str = "", **kw: Any) -> PreTrainedModel
     """A masked language model from a folder or a hub name, in float32 unless `dtype` says otherwise.
 
     `subfolder` names the part of the folder that holds it. Keywords go to `AutoModelForMaskedLM.from_pretrained`.
-    Raises InputError when the folder or name holds no such model.
+    Raises InputError when the folder or name holds no such model, or one without its LM head.
     """
-    return _settle(_load(AutoModelForMaskedLM, "a masked language model", init, subfolder, **kw))
+    lm, new = load_masked_lm_with_new(init, subfolder, **kw)
+    if new:
+        raise InputError(f"has no LM head (it lacks {new[0]}), so it has no lexicon vectors: train one from it first, "
+                         "with launch/pretrain.py or launch/finetune.py", path=init)
+    return lm
+
+
+def load_masked_lm_with_new(init: str, subfolder: str = "", **kw: Any) -> tuple[PreTrainedModel, list[str]]:
+    """`load_masked_lm`, and the names of the weights of the LM head that are new: none for a masked language model.
+
+    A backbone without an LM head (a sentence encoder) gets a new one, a function of torch's generator.
+    """
+    lm, new = _load_with_new(AutoModelForMaskedLM, "a masked language model", init, subfolder, **kw)
+    return _settle(lm), [name for name in new if not name.endswith("bias")]  # the output bias often has no other name
 
 
 def load_scorer(init: str, **kw: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -106,11 +119,17 @@ def load_scorer(init: str, **kw: Any) -> tuple[PreTrainedModel, list[str]]:
     None is new where a finished scorer is loaded. Of another model, such as a masked language model, the encoder is
     taken; what stands above it is new, a function of torch's generator. Keywords and errors as in `load_masked_lm`.
     """
+    return _load_with_new(AutoModelForSequenceClassification, "a model of one score", init, num_labels=1, **kw)
+
+
+def _load_with_new(
+    kind: Any, what: str, init: str, subfolder: str = "", **kw: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """What `_load` gives, and the names of its weights that the folder does not have, all above the encoder."""
     shown = logging.get_verbosity()
     logging.set_verbosity_error()  # a report of what is new and what is left out, once for each rank
     try:
-        model, found = _load(AutoModelForSequenceClassification, "a model of one score", init, num_labels=1,
-                             output_loading_info=True, **kw)
+        model, found = _load(kind, what, init, subfolder, output_loading_info=True, **kw)
     finally:
         logging.set_verbosity(shown)
     new = sorted(found["missing_keys"])
@@ -258,6 +277,14 @@ def output_matrix(lm: PreTrainedModel) -> tuple[nn.Parameter, nn.Parameter | Non
     """The LM head's output matrix [V, H] and bias [V] (None where the backbone has none)."""
     head = lm.get_output_embeddings()
     return head.weight, head.bias
+
+
+def head_layers(lm: PreTrainedModel) -> tuple[nn.Linear, nn.LayerNorm]:
+    """The dense layer and the LayerNorm of the LM head's transform."""
+    inside = set(lm.base_model.modules()) | {lm.get_output_embeddings()}
+    outside = [module for module in lm.modules() if module not in inside]
+    return (next(module for module in outside if isinstance(module, nn.Linear)),
+            next(module for module in outside if isinstance(module, nn.LayerNorm)))
 
 
 def max_length(lm: PreTrainedModel) -> int:

@@ -63,5 +63,10 @@ class DenseEncoder(nn.Module):
 
     @classmethod
     def load(cls, init: str | Path, representation: str = "bottleneck", head: str = "auto", **kw: Any) -> DenseEncoder:
-        """From a folder or a hub name; see `backbone.load_masked_lm` for keywords and errors."""
-        return cls(backbone.load_masked_lm(str(init), **kw), representation, head)
+        """From a folder or a hub name; see `backbone.load_masked_lm` for keywords and errors.
+
+        `cls` does not read the LM head, so that a sentence encoder without one will do.
+        """
+        load = backbone.load_masked_lm if representation != "cls" else lambda *args, **kw: (
+            backbone.load_masked_lm_with_new(*args, **kw)[0])
+        return cls(load(str(init), **kw), representation, head)

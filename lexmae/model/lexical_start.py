@@ -26,7 +26,7 @@ from lexmae.model import backbone
 
 _RESIDUAL_GAIN = 0.2
 _POSITION_GAIN = 0.3
-_LINEAR_SHIFT = 3.0  # gelu(x + 3) is nearly x + 3 for |x| < 3; the LayerNorm behind it removes the 3
+LINEAR_SHIFT = 3.0  # gelu(x + 3) is nearly x + 3 for |x| < 3; the LayerNorm behind it removes the 3
 _OUTPUT_BIAS = -4.0  # about what chance reaches for an unrelated entry: relu then keeps the tokens of the text
 
 
@@ -46,10 +46,10 @@ def start_lexical(lm: PreTrainedModel) -> None:
         elif isinstance(module, nn.Linear):
             gain = _RESIDUAL_GAIN if backbone.writes_to_residual(name) else 1.0
             nn.init.normal_(module.weight, 0.0, gain / math.sqrt(module.in_features))
-    dense, output = _head_dense(lm), lm.get_output_embeddings()
+    dense, output = backbone.head_layers(lm)[0], lm.get_output_embeddings()
     nn.init.eye_(dense.weight)
     if dense.bias is not None:
-        nn.init.constant_(dense.bias, _LINEAR_SHIFT)
+        nn.init.constant_(dense.bias, LINEAR_SHIFT)
     if output.bias is not None:
         nn.init.constant_(output.bias, _OUTPUT_BIAS)
 
@@ -74,10 +74,3 @@ def penalise_frequency(lm: PreTrainedModel, document_frequency: torch.Tensor, do
     df = document_frequency.to(bias)
     idf = torch.log1p((documents - df + 0.5) / (df + 0.5)) / math.log1p((documents + 0.5) / 0.5)
     bias[:len(df)] -= penalty * (1 - idf)
-
-
-def _head_dense(lm: PreTrainedModel) -> nn.Linear:
-    """The dense layer of the LM head: the linear layer outside the backbone that is not the output matrix."""
-    inside = set(lm.base_model.modules())
-    found = [m for m in lm.modules() if isinstance(m, nn.Linear) and m not in inside]
-    return next(m for m in found if m is not lm.get_output_embeddings())

@@ -8,16 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from lexmae.cli import say
 from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, RerankRecipe
 from lexmae.data import draws
-from lexmae.data.batches import PretrainData, RankingData
+from lexmae.data.batches import PretrainData, RankingData, read_texts
 from lexmae.data.pairs import RerankData, read_pairs
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import backbone, layers
 from lexmae.model.encoder import SparseEncoder
+from lexmae.model.head_fit import TEXTS, fit_transform
 from lexmae.model.lexical_start import penalise_frequency, start_lexical
 from lexmae.model.pretrainer import Pretrainer
 from lexmae.model.reranker import CrossEncoder
@@ -142,7 +145,9 @@ def build_lm(config: ModelConfig, shards: Shards) -> Any:
         if config.lexical_start:
             start_lexical(lm)
     else:
-        lm = backbone.load_masked_lm(config.init)
+        lm, new = backbone.load_masked_lm_with_new(config.init)
+        if new and config.fit_head:
+            _fit_head(lm, config.init, shards)
     entries = backbone.word_embeddings(lm).shape[0]
     if entries < shards.vocab_size:
         raise InputError(f"knows {entries} tokens, the shards use a vocabulary of {shards.vocab_size}", config.init)
@@ -153,3 +158,15 @@ def build_lm(config: ModelConfig, shards: Shards) -> Any:
         frequency = torch.from_numpy(shards.docs.document_frequency(shards.vocab_size))
         penalise_frequency(lm, frequency, len(shards.docs), config.frequency_penalty)
     return lm
+
+
+def _fit_head(lm: Any, init: str, shards: Shards) -> None:
+    """A start for the LM head of a backbone that has none; the same on every rank, which rank 0's weights replace."""
+    rows = np.linspace(0, len(shards.docs) - 1, min(TEXTS, len(shards.docs))).astype(np.int64)
+    texts = (read_texts(shards, shards.docs, rows[i:i + _CPU_CHUNK]).arguments()
+             for i in range(0, len(rows), _CPU_CHUNK))
+    if torch.cuda.is_available():
+        lm.cuda()
+    named = fit_transform(lm, texts)
+    lm.cpu()
+    say(f"{init} has no LM head: fitted one to {len(rows)} texts; {named:.0%} of their tokens name themselves first")

@@ -1,0 +1,94 @@
+#!/usr/bin/env python
+"""Does the lexicon bottleneck earn its place? Pre-training with it, with [CLS] and without, on several seeds.
+
+  python benchmarks/ablation_bottleneck.py --recipes recipes/openqa-small --shards runs/openqa-small/shards \\
+      --negatives runs/openqa-small/bm25/negatives.jsonl --work runs/ablation
+
+For every seed and source: pre-training (`pretrain.yaml`), then stage 1 (`stage1.yaml`) from its weights, both ending
+with a probe (MRR@10 of a few queries on a few documents, the same ones for every run of a seed): zero-shot and after
+stage 1. What differs between the runs of a seed is `bottleneck.source` alone. Finished runs are kept: the same command
+goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from lexmae import artifact, cli
+
+ROOT = Path(__file__).resolve().parent.parent
+WHEN = ("zero-shot", "stage 1")
+
+
+def train(script: str, recipe: Path, output: Path, settings: list[str]) -> float:
+    """Train unless that is done; MRR@10 of the last probe."""
+    if not artifact.exists(output / "model"):
+        done = subprocess.run([sys.executable, str(ROOT / "launch" / script), str(recipe), "--set", f"output={output}",
+                               *settings, "--resume", "auto"], check=False)
+        if done.returncode:
+            raise SystemExit(done.returncode)  # it has said why
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["probe_mrr_10"] for line in lines if "probe_mrr_10" in line][-1]
+
+
+def measure(asked: argparse.Namespace, source: str, seed: int) -> dict[str, float]:
+    """Both figures of one source and seed."""
+    folder = Path(asked.work) / f"{source}-{seed}"
+    shared = [f"data={asked.shards}", f"optimization.seed={seed}", "probe.every=1000000", f"probe.split={asked.split}",
+              f"probe.queries={asked.queries}", f"probe.documents={asked.documents}"]
+    before = train("pretrain.py", asked.recipes / "pretrain.yaml", folder / "pretrain",
+                   [*shared, f"bottleneck.source={source}", *asked.pretrain])
+    after = train("finetune.py", asked.recipes / "stage1.yaml", folder / "stage1",
+                  [*shared, f"model.init={folder / 'pretrain' / 'model'}", f"negatives.path={asked.negatives}",
+                   *asked.finetune])
+    return dict(zip(WHEN, (before, after), strict=True))
+
+
+def table(found: dict[str, list[dict[str, float]]], seeds: list[int]) -> str:
+    """One row for each source: every seed, mean and standard deviation."""
+    head = ["bottleneck", *(f"{when}, seed {seed}" for when in WHEN for seed in seeds),
+            *(f"{when}, mean ± sd" for when in WHEN)]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for source, runs in found.items():
+        values = {when: [run[when] for run in runs] for when in WHEN}
+        spread = {when: statistics.stdev(row) if len(row) > 1 else 0.0 for when, row in values.items()}
+        rows.append([source, *(f"{value:.4f}" for when in WHEN for value in values[when]),
+                     *(f"{statistics.mean(values[when]):.4f} ± {spread[when]:.4f}" for when in WHEN)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, print the table."""
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--recipes", required=True, type=Path, metavar="DIR", help="with pretrain.yaml and stage1.yaml")
+    parser.add_argument("--shards", required=True, help="shards with judged queries to train on and to probe")
+    parser.add_argument("--negatives", required=True, help="negatives of stage 1")
+    parser.add_argument("--work", required=True, help="folder of the runs")
+    parser.add_argument("--sources", nargs="+", default=["logits", "cls", "off"], help="default logits cls off")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="default 1 2 3")
+    parser.add_argument("--split", default="dev", help="queries of the probes")
+    parser.add_argument("--queries", type=int, default=500, help="at most so many, default 500")
+    parser.add_argument("--documents", type=int, default=2000, help="documents of the probes, default 2000")
+    parser.add_argument("--pretrain", nargs="*", default=[], metavar="KEY=VALUE", help="for pretrain.yaml, besides")
+    parser.add_argument("--finetune", nargs="*", default=[], metavar="KEY=VALUE", help="for stage1.yaml, besides")
+    parser.add_argument("--json", metavar="FILE", help="write the record there")
+    asked = parser.parse_args(argv)
+    found: dict[str, list[dict[str, float]]] = {source: [] for source in asked.sources}
+    for seed, source in itertools.product(asked.seeds, asked.sources):
+        found[source].append(measure(asked, source, seed))
+        cli.say(f"{source}, seed {seed}: " + ", ".join(f"{k} {v:.4f}" for k, v in found[source][-1].items()))
+    print(table(found, asked.seeds))
+    if asked.json:
+        with artifact.atomic_file(Path(asked.json)) as out:
+            json.dump({"seeds": asked.seeds, "results": found, "versions": artifact.versions(),
+                       "command": sys.argv}, out, indent=1)
+
+
+if __name__ == "__main__":
+    cli.run(main)
