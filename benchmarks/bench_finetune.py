@@ -87,6 +87,7 @@ def ours(folder: Path, model: Path, shards: Shards, args: argparse.Namespace) ->
 
     def run() -> float:
         loss, _ = objective.loss(engine, data(0).to(engine.device), [], 0, 1)
+        engine.expect(1)
         engine.backward(loss)
         engine.step(LR)
         return float(loss.detach())

@@ -1,6 +1,6 @@
 """The fused LM head against full logits, at BERT-base's shapes on real text.
 
-    python benchmarks/bench_head.py [--input FOLDER] [--size base|mini] [--batch 16] [--active 300]
+    python benchmarks/bench_head.py [--input FOLDER] [--size base|mini] [--batch 16] [--active 300] [--form auto]
 
 Both sides get the same hidden states of a padded batch of passages, and the same gradient; results and gradients are
 compared first. Four cases: the masked maximum `forward` alone; forward and backward with the gradient of the
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lexmae.model import backbone
-from lexmae.model.head import max_logits
+from lexmae.model.head import IMPLEMENTATIONS, max_logits
 from lexmae.model.mlm import cross_entropy_sum
 
 
@@ -51,7 +51,9 @@ def step(head: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor | None,
 
 def main() -> None:
     """Compare, then time both sides of each case in turn."""
-    args = common.make_parser(__doc__, batch=16, active=300).parse_args()
+    parser = common.make_parser(__doc__, batch=16, active=300)
+    parser.add_argument("--form", default="auto", choices=IMPLEMENTATIONS, help="of the fused maximum; default auto")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         hidden, weight, bias, mask = head_inputs(args, Path(name))
     texts, vocabulary = len(hidden), len(weight)
@@ -61,8 +63,9 @@ def main() -> None:
     rows = hidden.detach()[mask][:int(0.4 * mask.sum())].requires_grad_()
     targets = torch.randint(0, vocabulary, rows.shape[:1], device=args.device)
     pooled, labelled = [hidden, weight, bias, mask], [rows, weight, bias, targets]
-    cases = {"forward": (max_logits, plain, pooled, None), "pretrain": (max_logits, plain, pooled, dense),
-             "finetune": (max_logits, plain, pooled, sparse),
+    maximum = partial(max_logits, implementation=args.form)
+    cases = {"forward": (maximum, plain, pooled, None), "pretrain": (maximum, plain, pooled, dense),
+             "finetune": (maximum, plain, pooled, sparse),
              "loss": (fused_loss, plain_loss, labelled, torch.ones((), device=args.device))}
     figures = {}
     for case, (fused, full, inputs, grad) in cases.items():

@@ -33,6 +33,7 @@ LAYERS = {"data": {"data"}, "model": {"model"}, "train": {"data", "model", "trai
 FENCES = {
     "deepspeed": {"lexmae/train/engine.py"},
     "transformers": {"lexmae/model/", "lexmae/data/tokenizer.py"},
+    "triton": {"lexmae/model/head_triton.py"},
     "tokenizers": {"lexmae/data/tokenizer.py"},
     "datasets": {"lexmae/data/hub.py"},
     "flask": {"lexmae/demo/"},

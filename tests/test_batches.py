@@ -150,6 +150,35 @@ def test_a_step_of_pretraining_can_be_asked_for_in_any_order(tiny_shards):
         assert pretrain_rows(jumping(step)) == expected[step]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_budget_of_tokens_changes_no_example(tiny_shards, step, world, packed):
+    """The same texts with the same masks, whatever is together; as many micro-batches on every rank."""
+    alone = pretrain_rows(pretraining(tiny_shards)(step))
+    options = {"micro_tokens": 70, "packed": packed, "world": world}
+    ranks = [pretraining(tiny_shards, rank=rank, **options)(step) for rank in range(world)]
+    assert sorted(row for batches in ranks for row in pretrain_rows(batches)) == sorted(alone)
+    assert len({len(batches) for batches in ranks}) == 1
+    for batch in (batch for batches in ranks for batch in batches):
+        mask = batch.text.attention_mask
+        assert (mask.sum() if packed else mask.numel()) <= 70
+    again = [pretraining(tiny_shards, rank=rank, **options) for rank in range(world)]
+    for batches, data in zip(ranks, again, strict=True):
+        data(step + 1)  # a step does not depend on those before it
+        assert pretrain_rows(data(step)) == pretrain_rows(batches)
+
+
+def test_a_budget_of_tokens_leaves_less_padding(tiny_shards):
+    """The global batch is sorted, not the share of each rank."""
+    def padding(**options) -> float:
+        masks = [batch.text.attention_mask for step in range(4) for rank in range(4)
+                 for batch in pretraining(tiny_shards, batch=40, rank=rank, world=4, **options)(step)]
+        return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    assert padding(micro_tokens=5 * 28) < padding(micro_batch=5)
+
+
 # ------------------------------------------------------------------------------------------------ fine-tuning
 
 
@@ -235,6 +264,25 @@ def test_ranks_of_fine_tuning_make_up_the_batch(tiny_shards, ranking):
         assert all(torch.equal(part.exclude, whole.exclude) for part in parts)  # pairs of the global batch
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_budget_of_tokens_changes_no_query(tiny_shards, ranking, world):
+    """The same queries with the same documents, though in another order; as many chunks on every rank."""
+    for step in (0, 2, 5):
+        queries, docs = names(tiny_shards, ranking()(step))
+        parts = [ranking(rank=rank, world=world, micro_tokens=64)(step) for rank in range(world)]
+        found = [names(tiny_shards, part) for part in parts]
+        pairs = [(query, *row) for names, rows in found for query, row in zip(names, rows.tolist(), strict=True)]
+        assert sorted(pairs) == sorted((query, *row) for query, row in zip(queries, docs.tolist(), strict=True))
+        assert len({(len(part.docs), len(part.queries)) for part in parts}) == 1
+        for part in parts:
+            assert all(torch.equal(part.exclude, other.exclude) for other in parts)
+            assert all(chunk.attention_mask.numel() <= 64 for chunk in [*part.docs, *part.queries])
+            for query, column in part.exclude.T.tolist():  # pairs of the batch in its new order
+                assert pairs[column // part.n_docs][1 + column % part.n_docs] in positives(tiny_shards)[pairs[query][0]]
+        tokens = [sum(int(chunk.attention_mask.sum()) for chunk in part.docs) for part in parts]
+        assert max(tokens) - min(tokens) <= 4 * 28
+
+
 def test_excluded_pairs_by_brute_force(tiny_shards, ranking):
     judged, total = positives(tiny_shards), 0
     for step in range(12):
@@ -280,6 +328,26 @@ def test_prefetching_keeps_the_order_and_stays_ahead():
     assert len(made) == 6
     assert list(batches) == [step * step for step in range(4, 30)] and made == list(range(3, 30))
     assert list(prefetch(make, 5, 5)) == []
+
+
+def test_batches_for_a_gpu_are_pinned_in_the_thread(tiny_shards, monkeypatch):
+    where = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: where.append((gpu, threading.current_thread().name)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    data, device = pretraining(tiny_shards, micro_batch=4), torch.device("cuda", 3)
+    kept = {}
+
+    def make(step: int):
+        kept[step] = data(step)
+        return kept[step]
+
+    for step, batches in enumerate(prefetch(make, 0, 3, device=device)):
+        for batch, own in zip(batches, kept[step], strict=True):
+            for name, tensor in batch.text.arguments().items():
+                before = own.text.arguments()[name]
+                assert tensor is not before and torch.equal(tensor, before)
+            assert batch.dec_labels is not own.dec_labels and batch.enc_count == own.enc_count
+    assert where == [(device, "prefetch")]
 
 
 def test_an_error_arrives_at_its_place():

@@ -40,6 +40,19 @@ def test_accumulation_follows_from_batch_ranks_and_micro_batch(config, world, mi
     assert composed["train_micro_batch_size_per_gpu"] * composed["gradient_accumulation_steps"] * world == 96
 
 
+@pytest.mark.parametrize("accumulate, accumulation", [(True, 0), (False, 1)])
+def test_a_budget_of_tokens_leaves_the_number_of_micro_batches_open(config, accumulate, accumulation):
+    found = compose(config({}), 2, accumulate, batch=24, micro_tokens=4096)
+    assert (found.micro_batch, found.micro_tokens, found.accumulation) == (0, 4096, accumulation)
+    composed = found.config
+    assert composed["train_micro_batch_size_per_gpu"] * composed["gradient_accumulation_steps"] * 2 == 24
+    hardware.refuse_budget(found, 4096, "")
+    with pytest.raises(InputError, match="micro_tokens 4096: texts are long, so at least 4097 are needed"):
+        hardware.refuse_budget(found, 4097, "texts are long")
+    with pytest.raises(InputError, match="the recipe sets optimization.micro_tokens"):
+        compose(config({"train_micro_batch_size_per_gpu": 4}), batch=24, micro_tokens=4096)
+
+
 def test_the_micro_batch_may_be_the_machines(config):
     found = compose(config({"train_micro_batch_size_per_gpu": 4}), 2, batch=16)
     assert (found.micro_batch, found.accumulation) == (4, 2)

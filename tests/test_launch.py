@@ -35,6 +35,10 @@ def write_recipe(folder: Path, kind: str, shards: Path, **changes) -> Path:
     return path
 
 
+BUDGETS = {"pretrain": 60, "finetune": 84, "rerank": 96}
+"""Tokens of a micro-batch: two of the longest texts or a little more, the pairs of one query."""
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
@@ -51,13 +55,25 @@ def alone(shards_dir, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("spread", ["texts", "tokens", "packed"])
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("kind", SECTIONS)
-def test_two_ranks_learn_what_one_learns(kind, stage, alone, shards_dir, tmp_path):
-    recipe = write_recipe(tmp_path, kind, shards_dir, deepspeed=f"ds_configs/fp32_zero{stage}.json")
+def test_two_ranks_learn_what_one_learns(kind, stage, spread, alone, shards_dir, tmp_path):
+    """However the batch is cut into micro-batches, whose number differs between steps where tokens are counted; with
+    and without padding."""
+    changes = {"deepspeed": f"ds_configs/fp32_zero{stage}.json"}
+    if spread == "packed" and kind == "rerank":
+        pytest.skip("pairs are padded")
+    if spread == "packed":
+        changes["model"] = {**TINY, "packing": "on"}
+    if spread != "texts":
+        changes["optimization"] = {**SECTIONS[kind]["optimization"], "micro_tokens": BUDGETS[kind]}
+        del changes["optimization"]["micro_batch"]
+    recipe = write_recipe(tmp_path, kind, shards_dir, **changes)
     run([f"launch/{kind}.py", str(recipe)], ranks=2)
     one, two = log(alone[kind]), log(tmp_path / "run")
     assert [line["step"] for line in two] == list(range(1, STEPS + 1))
+    assert spread != "packed" or all(line["padding"] == 0 for line in two)
     for a, b in zip(one, two, strict=True):
         for name in ("loss", "grad_norm", "lr", *(k for k in a if k.startswith(("loss_", "flops", "terms", "lambda")))):
             assert b[name] == pytest.approx(a[name], abs=1e-4, rel=1e-4), name
@@ -65,6 +81,36 @@ def test_two_ranks_learn_what_one_learns(kind, stage, alone, shards_dir, tmp_pat
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def assert_same_losses(one: list[dict], two: list[dict]) -> None:
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert b[name] == pytest.approx(a[name], abs=1e-4, rel=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "stage"), [("pretrain", 3), ("finetune", 2), ("rerank", 3)])
+def test_recomputed_layers_learn_the_same(kind, stage, alone, shards_dir, tmp_path):
+    """On two ranks; the log has rates, and DeepSpeed's profiler writes its account of a step."""
+    model = {**TINY, "activation_checkpointing": True, **({} if kind == "rerank" else {"packing": "on"})}
+    recipe = write_recipe(tmp_path, kind, shards_dir, model=model, deepspeed=f"ds_configs/fp32_zero{stage}.json",
+                          logging={"every": 1, "checkpoint_every": 0, "profile_step": 2, "peak_tflops": 0.5})
+    run([f"launch/{kind}.py", str(recipe)], ranks=2)
+    found = log(tmp_path / "run")
+    assert_same_losses(log(alone[kind]), found)
+    assert all(line["tflops"] > 0 and line["mfu"] == pytest.approx(2 * line["tflops"]) for line in found)
+    assert "DeepSpeed Flops Profiler" in (tmp_path / "run" / "flops.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on a CPU")
+def test_compiled_layers_learn_the_same(alone, shards_dir, tmp_path):
+    recipe = write_recipe(tmp_path, "pretrain", shards_dir, model={**TINY, "compile": True})
+    run(["launch/pretrain.py", str(recipe)])
+    assert_same_losses(log(alone["pretrain"]), log(tmp_path / "run"))
+    expected, got = weights(alone["pretrain"]), weights(tmp_path / "run")
+    assert expected.keys() == got.keys()
 
 
 def scored_negatives(folder: Path, name: str, first: int) -> dict:
@@ -117,11 +163,18 @@ def test_losses_fall(alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "stage"), [("pretrain", 2), ("finetune", 3), ("pretrain", 0),
-                                           ("rerank", 3)])
-def test_resumed_run_equals_one_that_never_stopped(kind, stage, shards_dir, tmp_path):
+@pytest.mark.parametrize(("kind", "stage", "packed"), [("pretrain", 2, False), ("finetune", 3, False),
+                                                     ("pretrain", 0, False), ("rerank", 3, False),
+                                                     ("pretrain", 1, True), ("finetune", 2, True)])
+def test_resumed_run_equals_one_that_never_stopped(kind, stage, packed, shards_dir, tmp_path):
+    """With dropout; without padding and with a budget of tokens where ``packed``."""
     model = {**TINY, "size": {**TINY["size"], "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}}
-    recipe = write_recipe(tmp_path, kind, shards_dir, model=model, deepspeed=f"ds_configs/fp32_zero{stage}.json")
+    changes = {"model": model, "deepspeed": f"ds_configs/fp32_zero{stage}.json"}
+    if packed:
+        changes["model"] = {**model, "packing": "on"}
+        changes["optimization"] = {**SECTIONS[kind]["optimization"], "micro_tokens": BUDGETS[kind]}
+        del changes["optimization"]["micro_batch"]
+    recipe = write_recipe(tmp_path, kind, shards_dir, **changes)
     run([f"launch/{kind}.py", str(recipe)], ranks=2)
     whole = tmp_path / "whole"
     shutil.copytree(tmp_path / "run", whole)
@@ -131,7 +184,7 @@ def test_resumed_run_equals_one_that_never_stopped(kind, stage, shards_dir, tmp_
     (checkpoints / "step-6").rename(checkpoints / "step-6.partial")
     (checkpoints / "step-6.partial" / artifact.MANIFEST).unlink()
     run([f"launch/{kind}.py", str(recipe), "--resume", "auto"], ranks=2)
-    timed = {"tokens_per_second", "data_wait", "seconds_per_step"}
+    timed = {"tokens_per_second", "data_wait", "seconds_per_step", "tflops"}
     for before, after in zip(log(whole), log(tmp_path / "run"), strict=True):
         assert {k: v for k, v in after.items() if k not in timed} == {k: v for k, v in before.items() if k not in timed}
     for name, tensor in weights(whole).items():

@@ -41,6 +41,9 @@ class PlainEngine:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
+    def expect(self, micro_batches: int) -> None:
+        assert micro_batches == 2
+
     def end_micro_batch(self) -> None:
         self.closed += 1
 

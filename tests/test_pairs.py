@@ -183,6 +183,16 @@ def test_every_judgement_once_per_epoch_with_negatives_drawn_afresh(tiny_shards,
     assert all(len(drawn) > 10 for drawn in seen.values())
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_budget_of_tokens_changes_no_query(tiny_shards, data, world):
+    for step in (0, 3):
+        alone = names(tiny_shards, data(batch=8, micro_batch=8)(step))
+        ranks = [data(batch=8, micro_tokens=4 * LONG, rank=rank, world=world)(step) for rank in range(world)]
+        assert sorted(row for rank in ranks for row in names(tiny_shards, rank)) == sorted(alone)
+        assert len({len(rank) for rank in ranks}) == 1
+        assert all(batch.input_ids.numel() <= 4 * LONG for rank in ranks for batch in rank)
+
+
 def test_micro_batches_hold_whole_queries_of_similar_length(data):
     batches = data(batch=16, micro_batch=4)(0)
     assert [len(batch.input_ids) for batch in batches] == [16] * 4

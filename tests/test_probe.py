@@ -254,7 +254,7 @@ KINDS = {
     "finetune": {"optimization": {"lr": 1e-3, "batch": 4, "micro_batch": 5, "steps": 6, "clip": 1.0},
                  "negatives": {"per_query": 2}},
 }
-TIMED = {"tokens_per_second", "data_wait", "seconds_per_step", "probe_seconds"}
+TIMED = {"tokens_per_second", "data_wait", "seconds_per_step", "tflops", "probe_seconds"}
 
 
 def start(folder, kind: str, shards, every: int, *arguments: str) -> list[dict]:

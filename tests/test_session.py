@@ -16,6 +16,7 @@ from lexmae.config import (
     OptimizationConfig,
     PretrainRecipe,
     ProbeConfig,
+    RerankRecipe,
 )
 from lexmae.errors import InputError
 from lexmae.model import backbone
@@ -56,6 +57,10 @@ def folder(path: Path, *files: str) -> Path:
     (PretrainRecipe, {"data": "nowhere"}, "nowhere: no such shards"),
     (PretrainRecipe, {"deepspeed": "nowhere.json"}, "no such DeepSpeed configuration"),
     (PretrainRecipe, {"optimization": OptimizationConfig(batch=8, micro_batch=3)}, "not a multiple of the micro-batch"),
+    (PretrainRecipe, {"optimization": OptimizationConfig(batch=8, micro_tokens=MAX_LENGTH - 1)},
+     f"texts that may be longer, so at least {MAX_LENGTH} are needed"),
+    (RerankRecipe, {"optimization": OptimizationConfig(batch=8, micro_tokens=99), "max_length": 32,
+                    "negatives": NegativesConfig(per_query=3)}, "4 pairs of up to 32 tokens, so at least 128"),
     (FinetuneRecipe, {"split": "test"}, "no queries of the split 'test'; it has dev, train"),
     (PretrainRecipe, {"probe": ProbeConfig(every=5, split="test")}, "of the split 'test', which probe.split names"),
     (FinetuneRecipe, {"probe": ProbeConfig(every=5, split="test")}, "which probe.split names; it has dev, train"),

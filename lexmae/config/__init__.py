@@ -20,6 +20,7 @@ __all__ = ["ARCHITECTURES", "ActiveTermsConfig", "BottleneckConfig", "FinetuneRe
 ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert")
 DECODER_MASKS = ("inclusive", "exclusive", "random")
 PASSAGES = ("first", "all")
+PACKINGS = ("auto", "on", "off")
 QUERY_ENCODERS = ("shared", "static")
 BOTTLENECKS = ("logits", "saturated", "cls", "off")
 
@@ -40,6 +41,11 @@ class ModelConfig:
             it, such a head starts at random.
         queries: what makes a query's vector: ``shared``, the documents' encoder (the paper); ``static``, a table
             with a learned weight per token, so that a query needs no model (``lexmae.model.static_queries``).
+        packing: compute texts one behind the other, without padding (``lexmae.model.packing``); ``auto`` does so on a
+            GPU in half precision. A cross-encoder's pairs are always padded.
+        compile: compute the transformer layers with ``torch.compile``.
+        activation_checkpointing: keep the input of each transformer layer alone and compute the rest again in the
+            backward pass: less memory, about a third more arithmetic.
     """
 
     init: str = "bert-base-uncased"
@@ -49,9 +55,13 @@ class ModelConfig:
     frequency_penalty: float = 0.0
     fit_head: bool = True
     queries: str = "shared"
+    packing: str = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
 
     def __post_init__(self):
         require(self.queries in QUERY_ENCODERS, f"queries: one of {', '.join(QUERY_ENCODERS)} is needed")
+        require(self.packing in PACKINGS, f"packing: one of {', '.join(PACKINGS)} is needed")
         require(self.architecture in ARCHITECTURES, f"architecture: one of {', '.join(ARCHITECTURES)} is needed")
         require(self.init == "scratch" or not self.size, "size: only goes with 'init: scratch'")
         require(self.init == "scratch" or not self.lexical_start, "lexical_start: only goes with 'init: scratch'")
@@ -109,6 +119,8 @@ class OptimizationConfig:
     Attributes:
         batch: global batch: texts in pre-training, queries in fine-tuning, over all ranks and accumulation steps.
         micro_batch: texts that one rank computes at a time; the whole share of the rank where it is not given.
+        micro_tokens: tokens that one rank computes at a time, padding included, in place of ``micro_batch``: texts of
+            similar length together, as many as fit.
         epochs: passes over the data; ``steps``, where given, stands in its place.
         steps: optimizer steps.
         warmup: share of the steps over which the learning rate grows.
@@ -119,6 +131,7 @@ class OptimizationConfig:
     lr: float = 3e-4
     batch: int = 2048
     micro_batch: int | None = None
+    micro_tokens: int | None = None
     epochs: float = 20
     steps: int | None = None
     warmup: float = 0.05
@@ -135,6 +148,9 @@ class OptimizationConfig:
         require(self.lr > 0, "lr: must be positive")
         require(self.batch >= 1, "batch: at least 1 is needed")
         require(self.micro_batch is None or self.micro_batch >= 1, "micro_batch: at least 1 is needed")
+        require(self.micro_tokens is None or self.micro_tokens >= 1, "micro_tokens: at least 1 is needed")
+        require(self.micro_batch is None or self.micro_tokens is None,
+                "micro_tokens: takes the place of micro_batch, so keep one of the two")
         require(self.epochs > 0, "epochs: must be positive")
         require(self.steps is None or self.steps >= 1, "steps: at least 1 is needed")
         require(0 <= self.warmup <= 1, "warmup: a share of the steps between 0 and 1 is needed")
@@ -153,18 +169,26 @@ class LoggingConfig:
             of the best probe so far is saved too.
         keep: newest checkpoints kept, besides that of the best probe.
         max_skipped: steps in a row with a loss or gradient that is not finite, after which the run gives up.
+        profile_step: the optimizer step, counted from 1, of which DeepSpeed's FLOPS profiler writes an account to
+            ``flops.txt`` in the output; 0 has none. That step is slower.
+        peak_tflops: TFLOP/s of the device at its best, for the share of it in the log, where
+            ``lexmae.train.flops`` does not know the device.
     """
 
     every: int = 10
     checkpoint_every: int = 5000
     keep: int = 2
     max_skipped: int = 10
+    profile_step: int = 0
+    peak_tflops: float | None = None
 
     def __post_init__(self):
         require(self.every >= 1, "every: at least 1 is needed")
         require(self.max_skipped >= 1, "max_skipped: at least 1 is needed")
         require(self.keep >= 1, "keep: at least 1 is needed")
         require(self.checkpoint_every >= 0, "checkpoint_every: cannot be negative")
+        require(self.profile_step >= 0, "profile_step: cannot be negative")
+        require(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops: must be positive")
 
 
 @dataclass(frozen=True)
@@ -266,5 +290,6 @@ class RerankRecipe:
         require(self.passages in PASSAGES, f"passages: one of {', '.join(PASSAGES)} is needed")
         require(self.max_length >= 1, "max_length: at least 1 is needed")
         require(self.negatives.per_query >= 1, "negatives: per_query must be at least 1, or there is nothing to learn")
+        require(self.model.packing != "on", "model: packing is for lexicon encoders, the pairs of a scorer are padded")
         require(not self.model.lexical_start and not self.model.frequency_penalty,
                 "model: lexical_start and frequency_penalty are for lexicon encoders, a cross-encoder has one output")

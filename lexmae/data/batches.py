@@ -20,6 +20,7 @@ import torch
 
 from lexmae.config import MaskingConfig, NegativesConfig
 from lexmae.data import masking
+from lexmae.data.budget import Spread, balanced, share
 from lexmae.data.draws import NegativeLists
 from lexmae.data.randomness import KeyedRandom
 from lexmae.data.shards import Shards, TokenBatch, TokenTable
@@ -27,24 +28,29 @@ from lexmae.data.shards import Shards, TokenBatch, TokenTable
 _NEGATIVE_STREAM = 8
 
 
-class _Movable:
+class Movable:
     """A dataclass of tensors (and of lists and further batches) that can be sent to a device as a whole."""
 
     def to(self, device: torch.device) -> Any:
         """A copy with every tensor on ``device``."""
-        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def pinned(value: Any) -> Any:
+    """Batches, or lists of them, with every tensor in page-locked memory, from which a GPU copies while it computes."""
+    return _each_tensor(value, torch.Tensor.pin_memory)
+
+
+def _each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, list):
-        return [_move(item, device) for item in value]
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    return value.to(device) if isinstance(value, _Movable) else value
+        return [_each_tensor(item, change) for item in value]
+    if isinstance(value, Movable):
+        return replace(value, **{f.name: _each_tensor(getattr(value, f.name), change) for f in fields(value)})
+    return change(value) if isinstance(value, torch.Tensor) else value
 
 
 @dataclass
-class TextBatch(_Movable):
+class TextBatch(Movable):
     """What every model forward takes: input_ids, attention_mask, token_type_ids int64 [B, L]; text_mask bool [B, L]
     is the attention mask without special tokens."""
 
@@ -59,7 +65,7 @@ class TextBatch(_Movable):
 
 
 @dataclass
-class PretrainBatch(_Movable):
+class PretrainBatch(Movable):
     """A micro-batch of pre-training: ``text.input_ids`` is masked for the encoder; labels are -100 elsewhere."""
 
     text: TextBatch
@@ -71,7 +77,7 @@ class PretrainBatch(_Movable):
 
 
 @dataclass
-class RankingBatch(_Movable):
+class RankingBatch(Movable):
     """This rank's share of a fine-tuning step.
 
     ``docs`` are chunks of at most the micro-batch, longest first; row ``i`` of the Q·N documents (query 0's positive,
@@ -133,24 +139,18 @@ class Stream:
         return self._orders[epoch]
 
 
-def share(rank: int, world: int, batch: int) -> slice:
-    """The part of a global batch that a rank computes; ``batch`` is a multiple of ``world``."""
-    each = batch // world
-    return slice(rank * each, (rank + 1) * each)
-
-
 class PretrainData:
     """Micro-batches of pre-training over all documents of the shards.
 
     Args:
         micro_batch: sequences per micro-batch; the rank's share of the global batch is a multiple of it.
+        micro_tokens: tokens of a micro-batch in place of that, see `budget.Spread`, there also ``packed``.
     """
 
     def __init__(self, shards: Shards, config: MaskingConfig, *, seed: int, batch: int, micro_batch: int,
-                 rank: int = 0, world: int = 1):
-        self.shards, self.config, self.seed = shards, config, seed
-        self.batch, self.micro_batch = batch, micro_batch
-        self._part = share(rank, world, batch)
+                 rank: int = 0, world: int = 1, micro_tokens: int = 0, packed: bool = False):
+        self.shards, self.config, self.seed, self.batch = shards, config, seed, batch
+        self._spread = Spread(rank, world, micro_batch, micro_tokens, packed)
         self._stream = Stream(len(shards.docs), seed)
         self._structural = np.asarray(shards.special.structural)
         special = {*shards.special.structural, shards.special.unk}
@@ -161,10 +161,8 @@ class PretrainData:
     def __call__(self, step: int) -> list[PretrainBatch]:
         """The rank's micro-batches of one optimizer step, texts of similar length together."""
         positions, rows = self._stream.rows(step, self.batch)
-        positions, rows = positions[self._part], rows[self._part]
-        order = np.argsort(-self.shards.docs.lengths[rows], kind="stable")
         return [self._micro(positions[part], rows[part])
-                for part in (order[i:i + self.micro_batch] for i in range(0, len(order), self.micro_batch))]
+                for part in self._spread.micro_batches(self.shards.docs.lengths[rows])]
 
     def _micro(self, positions: np.ndarray, rows: np.ndarray) -> PretrainBatch:
         tokens = self.shards.docs.pad_batch(rows, self.shards.special.pad)
@@ -184,16 +182,19 @@ class RankingData:
     Args:
         negatives: lists of negatives by query row.
         micro_batch: texts per chunk.
+        micro_tokens: tokens of a chunk in place of that, see `budget.Spread`, there also ``packed``. The ranks then
+            share out the queries so that all have about as many tokens.
         pairs: query rows [n] and document rows [n, N] → the pairs that a teacher reads.
     """
 
     def __init__(self, shards: Shards, split: str, negatives: NegativeLists, config: NegativesConfig, *, seed: int,
                  batch: int, micro_batch: int, exclude_judged: bool = True, rank: int = 0, world: int = 1,
-                 pairs: Callable[[np.ndarray, np.ndarray], Any] | None = None):
+                 pairs: Callable[[np.ndarray, np.ndarray], Any] | None = None, micro_tokens: int = 0,
+                 packed: bool = False):
         self.shards, self.queries = shards, shards.queries(split)
         self.negatives, self.config, self.seed = negatives, config, seed
-        self.batch, self.micro_batch, self._exclude_judged = batch, micro_batch, exclude_judged
-        self._part, self._read_pairs = share(rank, world, batch), pairs
+        self.batch, self._exclude_judged, self._read_pairs = batch, exclude_judged, pairs
+        self._spread = Spread(rank, world, micro_batch, micro_tokens, packed)
         self._pairs = negatives.judged_pairs()  # [pairs, 2]
         self._stream = Stream(len(self._pairs), seed)
         self.size = len(self._pairs)
@@ -201,12 +202,16 @@ class RankingData:
     def __call__(self, step: int) -> RankingBatch:
         """The rank's share of one optimizer step."""
         positions, rows = self._stream.rows(step, self.batch)
-        pairs = self._pairs[rows]  # [G, 2]
         docs, scores = self._documents(positions, rows)  # [G, N]
+        if self._spread.tokens:
+            tokens = self.queries.lengths[self._pairs[rows, 0]] + self.shards.docs.lengths[docs].sum(1)
+            order = balanced(tokens, self._spread.world)
+            rows, docs, scores = rows[order], docs[order], scores[order]
+        pairs = self._pairs[rows]  # [G, 2]
         exclude = self._judged_in_batch(pairs, docs) if self._exclude_judged else np.zeros((2, 0), np.int64)
-        own = self._part
-        queries, query_order = self._chunks(self.queries, pairs[own, 0])
-        chunks, order = self._chunks(self.shards.docs, docs[own].reshape(-1))
+        own = share(self._spread.rank, self._spread.world, self.batch)
+        queries, query_order = self._chunks(self.queries, pairs[:, 0])
+        chunks, order = self._chunks(self.shards.docs, docs)
         return RankingBatch(queries, torch.from_numpy(query_order), chunks, torch.from_numpy(order), docs.shape[1],
                             torch.from_numpy(exclude), torch.from_numpy(scores[own]),
                             self._for_teacher(pairs[own, 0], docs[own]))
@@ -215,7 +220,11 @@ class RankingData:
         """Query rows [Q] and document rows [Q, N] as pairs, about a chunk at a time."""
         if self._read_pairs is None:
             return []
-        each = max(1, self.micro_batch // docs.shape[1])
+        each = self._spread.size
+        if self._spread.tokens:
+            longest = self.queries.lengths[queries] + self.shards.docs.lengths[docs].max(1)
+            each = self._spread.tokens // int(longest.max())
+        each = max(1, each // docs.shape[1])
         return [self._read_pairs(queries[i:i + each], docs[i:i + each]) for i in range(0, len(queries), each)]
 
     def _documents(self, positions: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -240,14 +249,21 @@ class RankingData:
         return np.asarray(sorted(found), np.int64).reshape(-1, 2).T.copy()
 
     def _chunks(self, table: TokenTable, rows: np.ndarray) -> tuple[list[TextBatch], np.ndarray]:
-        longest_first = np.argsort(-table.lengths[rows], kind="stable")
-        chunks = [read_texts(self.shards, table, rows[longest_first[i:i + self.micro_batch]])
-                  for i in range(0, len(rows), self.micro_batch)]
-        return chunks, np.argsort(longest_first, kind="stable")
+        """This rank's texts of the global batch's ``rows`` in chunks, and where each of them went."""
+        rows = rows.reshape(self._spread.world, -1)
+        parts = self._spread.chunks(table.lengths[rows])
+        own = rows[self._spread.rank]
+        return [read_texts(self.shards, table, own[part]) for part in parts], np.argsort(np.concatenate(parts))
 
 
-def prefetch(make: Callable[[int], Any], start: int, stop: int, depth: int = 4) -> Iterator[Any]:
-    """``make(start) … make(stop - 1)`` in order, computed in a background thread up to ``depth`` ahead."""
+def prefetch(make: Callable[[int], Any], start: int, stop: int, depth: int = 4,
+             device: torch.device | None = None) -> Iterator[Any]:
+    """``make(start) … make(stop - 1)`` in order, computed in a background thread up to ``depth`` ahead.
+
+    Args:
+        device: where the batches will go; for a GPU their tensors are put into page-locked memory, see `pinned`.
+    """
+    pin = device is not None and device.type == "cuda"
     ready: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
 
@@ -262,8 +278,10 @@ def prefetch(make: Callable[[int], Any], start: int, stop: int, depth: int = 4) 
 
     def work() -> None:
         try:
+            if pin:
+                torch.cuda.set_device(device)  # of this thread, which would open the first GPU otherwise
             for step in range(start, stop):
-                if not put((make(step), None)):
+                if not put((pinned(make(step)) if pin else make(step), None)):
                     return
         except BaseException as error:  # handed to the consumer, which raises it
             put((None, error))

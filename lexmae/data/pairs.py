@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from lexmae.config import NegativesConfig
-from lexmae.data.batches import Stream, share
-from lexmae.data.batches import _Movable as Movable
+from lexmae.data.batches import Movable, Stream
+from lexmae.data.budget import Spread
 from lexmae.data.draws import NegativeLists
 from lexmae.data.randomness import KeyedRandom
 from lexmae.data.shards import Shards, TokenTable
@@ -113,27 +113,30 @@ class RerankData:
         negatives: lists of negatives by query row.
         micro_batch: queries per micro-batch; the rank's share of the global batch is a multiple of it.
         max_length: most tokens of a pair.
+        micro_tokens: tokens of a micro-batch in place of ``micro_batch``, see `budget.Spread`.
     """
 
     def __init__(self, shards: Shards, split: str, negatives: NegativeLists, config: NegativesConfig, *, seed: int,
-                 batch: int, micro_batch: int, max_length: int, rank: int = 0, world: int = 1):
+                 batch: int, micro_batch: int, max_length: int, rank: int = 0, world: int = 1,
+                 micro_tokens: int = 0):
         self.shards, self.queries = shards, shards.queries(split)
         self.negatives, self.config, self.seed = negatives, config, seed
-        self.batch, self.micro_batch, self.max_length = batch, micro_batch, max_length
-        self._part = share(rank, world, batch)
+        self.batch, self.max_length = batch, max_length
+        self._spread = Spread(rank, world, micro_batch, micro_tokens)
         self._judged = negatives.judged_pairs()  # [examples, 2]
+        self._extra = len(_between(shards, self.queries)) - 1  # tokens of a pair beside those of its two texts
         self._stream = Stream(len(self._judged), seed)
         self.size = len(self._judged)
 
     def __call__(self, step: int) -> list[PairBatch]:
         """The rank's micro-batches of one optimizer step: of each query the positive, then negatives drawn afresh for
         this position of the stream; queries with pairs of similar length together."""
-        positions, rows = (values[self._part] for values in self._stream.rows(step, self.batch))
+        positions, rows = self._stream.rows(step, self.batch)
         judged = self._judged[rows]
         drawn, _ = self.negatives.draw(judged[:, 0], self.config.per_query, KeyedRandom(self.seed, positions),
                                        _NEGATIVE_STREAM)
-        docs = np.concatenate([judged[:, 1:], drawn], axis=1)  # [Q, N]
-        longest = self.queries.lengths[judged[:, 0]] + self.shards.docs.lengths[docs].max(1)
-        order = np.argsort(-longest, kind="stable")
+        docs = np.concatenate([judged[:, 1:], drawn], axis=1)  # [G, N]
+        longest = np.minimum(self.queries.lengths[judged[:, 0]] + self.shards.docs.lengths[docs].max(1) + self._extra,
+                             self.max_length)
         return [read_pairs(self.shards, self.queries, judged[part, 0], docs[part], self.max_length)
-                for part in (order[i:i + self.micro_batch] for i in range(0, len(order), self.micro_batch))]
+                for part in self._spread.micro_batches(longest * docs.shape[1])]

@@ -4,7 +4,7 @@ Every other module sees a masked language model through the functions below: its
 states, the transform and the output matrix of its LM head, and a weak decoder made of its own kind of
 layers. A new family is one row of `FAMILIES`.
 
-Shapes: B sequences, L tokens, H hidden size, V vocabulary.
+Shapes: B sequences, L tokens, N tokens of all sequences without padding, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from transformers import (
 from transformers.utils import logging
 
 from lexmae.errors import InputError
+from lexmae.model.attention import PACKED, try_out, windows
+from lexmae.model.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Family:
     segments: bool
     offset_positions: bool = False
     """Positions start after the padding id, so that fewer of them are left for tokens."""
+    positions: bool = True
+    """The embeddings read position ids."""
 
 
 def _bert(lm: Any, hidden: Tensor) -> Tensor:
@@ -64,7 +68,7 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family(_distilbert, segments=False),
     "roberta": Family(_roberta, segments=True, offset_positions=True),
     "xlm-roberta": Family(_roberta, segments=True, offset_positions=True),
-    "modernbert": Family(_modernbert, segments=False),
+    "modernbert": Family(_modernbert, segments=False, positions=False),
 }
 
 
@@ -289,17 +293,65 @@ def max_length(lm: PreTrainedModel) -> int:
     return config.max_position_embeddings - (config.pad_token_id + 1 if _family(lm).offset_positions else 0)
 
 
-def embed(lm: PreTrainedModel, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-    """What the first layer reads [B, L, H]: word, position and segment embeddings, LayerNorm and dropout."""
-    return lm.base_model.embeddings(input_ids=input_ids, **_segments(lm, token_type_ids))
+def embed(
+    lm: PreTrainedModel, input_ids: Tensor, token_type_ids: Tensor | None = None, packing: Packing | None = None
+) -> Tensor:
+    """What the first layer reads: word, position and segment embeddings, LayerNorm and dropout.
+
+    Ids are [B, L]; the result is [B, L, H], or [N, H] where there is a packing.
+    """
+    if packing is None:
+        return lm.base_model.embeddings(input_ids=input_ids, **_segments(lm, token_type_ids))
+    flat = _packed_inputs(lm, input_ids, token_type_ids, packing)
+    if not _family(lm).positions:
+        del flat["position_ids"]
+    return lm.base_model.embeddings(**flat).squeeze(0)
 
 
 def hidden_states(
-    lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-) -> Tensor:
-    """Last hidden states [B, L, H]; segment ids are used only where the backbone has them."""
+    lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None,
+    packing: Packing | None = None,
+) -> Tensor:  # fmt: skip
+    """Last hidden states [B, L, H] of ids [B, L], or [N, H] where there is a packing.
+
+    Segment ids are used only where the backbone has them.
+    """
+    if packing is not None:
+        return run_packed(lm, packing, **_packed_inputs(lm, input_ids, token_type_ids, packing))
     segments = _segments(lm, token_type_ids)
     return lm.base_model(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
+
+
+def run_packed(lm: PreTrainedModel, packing: Packing, **inputs: Tensor) -> Tensor:
+    """Last hidden states [N, H] of packed inputs, all [1, N, …]."""
+    return lm.base_model(**inputs, attention_mask=None, packing=packing).last_hidden_state.squeeze(0)
+
+
+def use_packing(lm: PreTrainedModel) -> None:
+    """Let the model compute batches without their padding, where `packing` says how."""
+    if torch.cuda.is_available():
+        config, gpu = lm.config, torch.device("cuda", torch.cuda.current_device())
+        try_out(gpu, config.hidden_size // config.num_attention_heads, any(windows(lm)))
+    lm.set_attn_implementation(PACKED)
+
+
+def packing(lm: PreTrainedModel, attention_mask: Tensor) -> Packing | None:
+    """The packed form of a batch with this mask [B, L], if the model computes packed batches."""
+    return Packing.of(attention_mask) if lm.config._attn_implementation == PACKED else None
+
+
+def positions(lm: PreTrainedModel, packing: Packing) -> Tensor:
+    """The position ids [1, N] of packed tokens, as the family counts them."""
+    offset = lm.config.pad_token_id + 1 if _family(lm).offset_positions else 0
+    return (packing.positions + offset).unsqueeze(0)
+
+
+def _packed_inputs(lm: PreTrainedModel, input_ids: Tensor, token_type_ids: Tensor | None,
+                   packing: Packing) -> dict[str, Tensor]:
+    """ids, segments and positions [1, N] of padded ones [B, L]."""
+    padded = {"input_ids": input_ids, **_segments(lm, token_type_ids)}
+    flat = {name: packing.pack(value).unsqueeze(0) for name, value in padded.items()}
+    return {**flat, "position_ids": positions(lm, packing)}
 
 
 def scores(

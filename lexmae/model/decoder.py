@@ -1,6 +1,6 @@
 """The weak decoder of pre-training: transformer layers of a backbone's own kind, whatever that is.
 
-Shapes: B sequences, L tokens, H hidden size, V vocabulary.
+Shapes: B sequences, L tokens, N tokens of all sequences without padding, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from lexmae.errors import InputError
-from lexmae.model.backbone import transform, word_embeddings
+from lexmae.model.backbone import positions, run_packed, transform, word_embeddings
+from lexmae.model.packing import Packing
 
 
 class _PassThrough(nn.Module):
@@ -48,8 +49,11 @@ class Decoder(nn.Module):
         """The output bias [V] (None where the backbone has none)."""
         return self.layers.get_output_embeddings().bias
 
-    def forward(self, embedded: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embedded tokens [B, L, H] -> last hidden states [B, L, H]."""
+    def forward(self, embedded: Tensor, attention_mask: Tensor, packing: Packing | None = None) -> Tensor:
+        """Embedded tokens [B, L, H] -> last hidden states [B, L, H]; [N, H] -> [N, H] where there is a packing."""
+        if packing is not None:
+            inputs = {"inputs_embeds": embedded.unsqueeze(0), "position_ids": positions(self.layers, packing)}
+            return run_packed(self.layers, packing, **inputs)
         return self.layers.base_model(inputs_embeds=embedded, attention_mask=attention_mask).last_hidden_state
 
     def transform(self, hidden: Tensor) -> Tensor:

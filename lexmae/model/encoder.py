@@ -56,11 +56,12 @@ class SparseEncoder(nn.Module):
 
         `text_mask` is true at text tokens, neither special nor padding; a text without any gives zeros.
         """
-        hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)
-        features = backbone.transform(self.lm, hidden)  # [B, L, H]
+        packing = backbone.packing(self.lm, attention_mask)
+        hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids, packing)
+        features = backbone.transform(self.lm, hidden)  # [B, L, H] or [N, H]
         weight, bias = backbone.output_matrix(self.lm)
         mask = self.pooling.mask(input_ids, attention_mask, text_mask)
-        return self.pooling(features, weight, bias, mask, self.head)
+        return self.pooling(features, weight, bias, mask, self.head, packing)
 
     def save(self, folder: str | Path, tokenizer_dir: str | Path | None = None) -> None:
         """Write the model as `save_masked_lm` does."""

@@ -1,9 +1,10 @@
 """Fused LM head and max-pool: the maximum over text tokens of `hidden @ weight.T + bias`.
 
-Two forms of one function. `reference` writes the logits out. `chunked` computes them tile by tile, small
-enough to stay in a cache, and keeps the maximum and the token that gave it. Only that token has a gradient,
-so the backward touches one token per (sequence, entry) and only the entries whose gradient is not zero: a
-few hundred per sequence for the saturated lexicon, instead of the whole vocabulary.
+Three forms of one function. `reference` writes the logits out. `chunked` computes them tile by tile, small
+enough to stay in a cache, and keeps the maximum and the token that gave it. `triton` does the same in one kernel
+on a GPU (`head_triton`). Only that token has a gradient, so the backward touches one token per (sequence, entry)
+and only the entries whose gradient is not zero: a few hundred per sequence for the saturated lexicon, instead of
+the whole vocabulary.
 
 Shapes: B sequences, L tokens, H hidden size, V vocabulary, N text tokens of a group of sequences.
 """
@@ -20,40 +21,67 @@ from torch import Tensor
 
 from lexmae.errors import InputError
 from lexmae.model.lexicon import max_pool
+from lexmae.model.packing import Packing
 
-IMPLEMENTATIONS = ("auto", "reference", "chunked")
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
 
 TILES = {"cpu": (1024, 512), "cuda": (16384, 8192)}
 """Tokens and vocabulary entries of a tile: 2 MiB of float32 for a CPU's cache, large products for a GPU."""
 
 
 def max_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, text_mask: Tensor, implementation: str = "auto"
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, text_mask: Tensor, implementation: str = "auto",
+    packing: Packing | None = None,
+) -> Tensor:  # fmt: skip
     """Masked maximum of the logits.
 
     Args:
-        hidden: [B, L, H] outputs of the LM-head transform.
+        hidden: [B, L, H] outputs of the LM-head transform, or [N, H] where there is a packing.
         weight, bias: the output matrix [V, H] and its bias [V] or None.
         text_mask: [B, L], true at text tokens (neither special nor padding).
-        implementation: one of IMPLEMENTATIONS; `auto` is `chunked`.
+        implementation: one of IMPLEMENTATIONS; `auto` is `triton` where that runs, and else `chunked`.
+        packing: where the rows of packed `hidden` stand in the batch.
 
     Returns:
         [B, V] float32 (float64 for float64 input); zeros without a gradient for a sequence without text
         tokens. Of equal maxima one token gets the gradient. Products run in the autocast type where autocast
         is on.
     """
-    mask = text_mask.bool()
-    if choose_implementation(implementation) == "reference":
-        return max_pool(F.linear(hidden, weight, bias), mask)
-    return _ChunkedMax.apply(hidden, weight, bias, mask, matmul_dtype(hidden), torch.is_grad_enabled())
+    mask, dtype = text_mask.bool(), matmul_dtype(hidden)
+    form = choose_implementation(implementation, hidden.device, dtype)
+    if form == "reference":
+        padded = hidden if packing is None else packing.pad(hidden)
+        return max_pool(F.linear(padded, weight, bias), mask)
+    starts = torch.arange(len(mask), device=mask.device) * mask.shape[1] if packing is None else packing.first
+    tiled_max = _tiled_max if form == "chunked" else _triton().tiled_max
+    return _FusedMax.apply(hidden.flatten(0, -2), weight, bias, mask, starts, dtype, torch.is_grad_enabled(), tiled_max)
 
 
-def choose_implementation(name: str) -> str:
-    """One of IMPLEMENTATIONS -> `reference` or `chunked`."""
+def choose_implementation(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """One of IMPLEMENTATIONS -> `reference`, `chunked` or `triton`, for products of this type on this device.
+
+    Raises:
+        InputError: an unknown name, or `triton` where it is not installed or does not know the type.
+    """
     if name not in IMPLEMENTATIONS:
         raise InputError(f"unknown head {name!r}; known: {', '.join(IMPLEMENTATIONS)}")
-    return "chunked" if name == "auto" else name
+    if name == "auto":
+        usable = device.type == "cuda" and _triton() is not None and _triton().runs_on(device, dtype)
+        return "triton" if usable else "chunked"
+    if name == "triton" and (_triton() is None or dtype not in _triton().TYPES):
+        reason = "Triton is not installed" if _triton() is None else f"Triton's form does not compute {dtype}"
+        raise InputError(f"head 'triton': {reason}")
+    return name
+
+
+@functools.cache
+def _triton() -> Any:
+    """The module with the Triton form, None where Triton is missing."""
+    try:
+        from lexmae.model import head_triton
+    except ImportError:
+        return None
+    return head_triton
 
 
 def matmul_dtype(tensor: Tensor) -> torch.dtype:
@@ -73,13 +101,13 @@ def without_autocast(method: Any) -> Any:
     return wrapped
 
 
-class _ChunkedMax(torch.autograd.Function):
+class _FusedMax(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, hidden, weight, bias, text_mask, dtype, grad_enabled):
-        source, counts = _text_tokens(text_mask)
+    def forward(ctx, hidden, weight, bias, text_mask, starts, dtype, grad_enabled, tiled_max):
+        source, counts = _text_tokens(text_mask, starts)
         needs_argmax = grad_enabled and any(ctx.needs_input_grad)
-        pooled, winner = _tiled_max(hidden, weight, source, counts, dtype, needs_argmax)
+        pooled, winner = tiled_max(hidden, weight, source, counts, dtype, needs_argmax)
         if bias is not None:
             pooled += bias.to(pooled.dtype)
         empty = (counts == 0).unsqueeze(1)
@@ -93,34 +121,34 @@ class _ChunkedMax(torch.autograd.Function):
     @without_autocast
     def backward(ctx, grad):
         hidden, weight, winner, source, empty = ctx.saved_tensors
-        batch, length, _ = hidden.shape
         grad = grad.masked_fill(empty, 0.0)  # [B, V]
         entry, sequence = grad.t().nonzero(as_tuple=True)  # in the order of the vocabulary
         value = grad[sequence, entry]
-        token = sequence * length + source[sequence, winner[sequence, entry].long()]
+        token = source[sequence, winner[sequence, entry].long()]
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = d_weight = d_bias = None
         if need_weight:
-            d_weight = _weighted_sums(hidden.flatten(0, 1), token, value, entry, weight.shape[0])
+            d_weight = _weighted_sums(hidden, token, value, entry, weight.shape[0])
             d_weight = d_weight.to(weight.dtype)
         if need_hidden:
             order = token.argsort(stable=True)
-            d_hidden = _weighted_sums(weight, entry[order], value[order], token[order], batch * length)
-            d_hidden = d_hidden.view_as(hidden).to(hidden.dtype)
+            d_hidden = _weighted_sums(weight, entry[order], value[order], token[order], len(hidden))
+            d_hidden = d_hidden.to(hidden.dtype)
         if need_bias:
             d_bias = grad.sum(0).to(ctx.bias_dtype)
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
-def _text_tokens(text_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of each sequence's text tokens, first ones first, and their counts: [B, L], [B].
+def _text_tokens(text_mask: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of each sequence's text tokens, first ones first, and their counts: [B, L], [B].
 
-    Rows are filled up with their own first text token, which leaves a maximum as it is and needs no mask.
+    Sequences begin at the rows `starts` [B]. What is left over is filled up with a sequence's own first text token,
+    which leaves a maximum as it is and needs no mask.
     """
     counts = text_mask.sum(1)
     order = text_mask.int().argsort(dim=1, descending=True, stable=True)
     filler = torch.arange(order.shape[1], device=order.device) >= counts.unsqueeze(1)
-    return torch.where(filler, order[:, :1], order), counts
+    return starts.unsqueeze(1) + torch.where(filler, order[:, :1], order), counts
 
 
 def _groups(counts: Tensor, tokens: int) -> Iterator[tuple[Tensor, int]]:
@@ -138,15 +166,16 @@ def _groups(counts: Tensor, tokens: int) -> Iterator[tuple[Tensor, int]]:
 def _tiled_max(
     hidden: Tensor, weight: Tensor, source: Tensor, counts: Tensor, dtype: torch.dtype, needs_argmax: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Maximum over text tokens [B, V] and the index into `source` that gave it (int16 or int32, [B, V])."""
-    batch, length, width = hidden.shape
-    vocabulary = weight.shape[0]
+    """Maximum over the rows `source` [B, L] of hidden, [B, V], and the place in `source` that gave it (int16 or int32,
+    [B, V])."""
+    batch, length = source.shape
+    width, vocabulary = hidden.shape[1], weight.shape[0]
     tokens, entries = TILES["cpu" if hidden.device.type == "cpu" else "cuda"]
     pooled = hidden.new_zeros(batch, vocabulary, dtype=torch.promote_types(dtype, torch.float32))
     index_type = torch.int16 if length < 2**15 else torch.int32
     winner = hidden.new_zeros(batch, vocabulary, dtype=index_type) if needs_argmax else None
     for rows, longest in _groups(counts, tokens):
-        text = hidden[rows.unsqueeze(1), source[rows, :longest]].to(dtype).view(-1, width)  # [N, H]
+        text = hidden[source[rows, :longest]].to(dtype).view(-1, width)  # [N, H]
         best = text.new_empty(len(rows), vocabulary)
         where = best.new_empty(best.shape, dtype=index_type) if needs_argmax else None
         for start in range(0, vocabulary, entries):

@@ -27,13 +27,13 @@ def cross_entropy_sum(
         rows: [M, H] outputs of the LM-head transform.
         weight, bias: the output matrix [V, H] and its bias [V] or None.
         targets: [M] ids.
-        implementation: as in `head.max_logits`.
+        implementation: as in `head.max_logits`; every form but `reference` is `chunked` here.
 
     Returns:
         The sum, and the number of rows whose target has the largest logit: float32 scalars (float64 for float64
         input), 0 for no rows. Products run in the autocast type where autocast is on, the rest in float32.
     """
-    if choose_implementation(implementation) == "reference":
+    if choose_implementation(implementation, rows.device, matmul_dtype(rows)) == "reference":
         logits = F.linear(rows, weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         correct = _hits(logits.detach(), targets.unsqueeze(1)).sum().to(logits.dtype)

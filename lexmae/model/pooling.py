@@ -14,6 +14,7 @@ from torch import Tensor
 from lexmae.errors import InputError
 from lexmae.model import lexicon
 from lexmae.model.head import max_logits
+from lexmae.model.packing import Packing
 
 STRATEGIES = ("max", "sum")
 ACTIVATIONS = ("relu", "log1p_relu")
@@ -50,19 +51,20 @@ class Pooling:
         skipped = torch.tensor(self.skipped, dtype=input_ids.dtype, device=input_ids.device)
         return attention_mask.bool() & ~torch.isin(input_ids, skipped)
 
-    def __call__(self, features: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, head: str) -> Tensor:
+    def __call__(self, features: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, head: str,
+                 packing: Packing | None = None) -> Tensor:
         """Vectors [B, V] float32.
 
         Args:
-            features: [B, L, H] outputs of the LM-head transform.
+            features: [B, L, H] outputs of the LM-head transform, or [N, H] where there is a packing.
             weight, bias: the output matrix [V, H] and its bias [V] or None.
             mask: [B, L], true at the tokens that take part.
             head: form of the pooled head, see `head.max_logits`.
         """
         if self.strategy == "max":  # monotone activations may follow the max
-            values = self._activate(max_logits(features, weight, bias, mask, head))
+            values = self._activate(max_logits(features, weight, bias, mask, head, packing))
         else:
-            values = self._sum(features, weight, bias, mask)
+            values = self._sum(features if packing is None else packing.pad(features), weight, bias, mask)
         return values if self.top_k is None else lexicon.top_k(values, self.top_k)
 
     def _activate(self, logits: Tensor) -> Tensor:

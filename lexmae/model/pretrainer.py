@@ -2,7 +2,8 @@
 
 The rules are those of SPEC §1.
 
-Shapes: B sequences, L tokens, H hidden size, V vocabulary, M labelled positions of a batch.
+Shapes: B sequences, L tokens, N tokens of all sequences without padding, H hidden size, V vocabulary, M labelled
+positions of a batch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lexmae.model import backbone, lexicon
 from lexmae.model.decoder import new_decoder
 from lexmae.model.head import max_logits
 from lexmae.model.mlm import cross_entropy_sum
+from lexmae.model.packing import Packing
 
 IGNORE = -100
 """The label of a position without a loss."""
@@ -74,23 +76,23 @@ class Pretrainer(nn.Module):
             scalars; the losses are sums of cross entropies over labelled positions. `bow_loss_sum`: sum over the
             texts, where there is a bag-of-words loss. `bottleneck`: [B, H], what the decoder reads at position 0.
         """
-        hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)  # [B, L, H]
+        packing = backbone.packing(self.lm, attention_mask)
+        hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids, packing)  # or [N, H]
         features = backbone.transform(self.lm, hidden)
         weight, bias = backbone.output_matrix(self.lm)
         pooled = None
         if enc_labels is None or self.bag_of_words or self.source in lexicon.LEXICON_SOURCES:
-            pooled = max_logits(features, weight, bias, text_mask, self.head)  # [B, V]
+            pooled = max_logits(features, weight, bias, text_mask, self.head, packing)  # [B, V]
         if enc_labels is None:
             return lexicon.saturate(pooled)
-        encoder = masked_lm_loss(features, weight, bias, enc_labels, head=self.head)
+        as_features = packing.pack if packing else lambda labels: labels
+        encoder = masked_lm_loss(features, weight, bias, as_features(enc_labels), head=self.head)
 
-        embedded = backbone.embed(self.lm, dec_input_ids, token_type_ids)
-        vector = self._bottleneck(hidden, pooled)
-        if vector is not None:
-            embedded = torch.cat([vector.to(embedded.dtype).unsqueeze(1), embedded[:, 1:]], dim=1)
-        decoded = self.decoder(embedded, attention_mask)
+        embedded, vector = self._decoder_input(dec_input_ids, token_type_ids, hidden, pooled, packing)
+        decoded = self.decoder(embedded, attention_mask, packing)
         tied = backbone.word_embeddings(self.lm)
-        decoder = masked_lm_loss(decoded, tied, self.decoder.bias, dec_labels, self.decoder.transform, self.head)
+        decoder = masked_lm_loss(decoded, tied, self.decoder.bias, as_features(dec_labels), self.decoder.transform,
+                                 self.head)
         bag = {}
         if self.bag_of_words:
             shown = torch.where(enc_labels == IGNORE, input_ids, enc_labels)  # the text before masking
@@ -99,16 +101,35 @@ class Pretrainer(nn.Module):
             **bag,
             **{f"enc_{name}": value for name, value in encoder.items()},
             **{f"dec_{name}": value for name, value in decoder.items()},
-            "bottleneck": embedded[:, 0] if vector is None else vector,
+            "bottleneck": vector,
         }
 
-    def _bottleneck(self, hidden: Tensor, pooled: Tensor | None) -> Tensor | None:
+    def _decoder_input(
+        self, ids: Tensor, token_type_ids: Tensor | None, hidden: Tensor, pooled: Tensor | None,
+        packing: Packing | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Embedded tokens [B, L, H] or [N, H], the bottleneck in the first place of each text, and that [B, H]."""
+        embedded = backbone.embed(self.lm, ids, token_type_ids, packing)
+        vector = self._bottleneck(hidden, pooled, packing)
+        if vector is None:
+            return embedded, _first(embedded, packing)
+        low = vector.to(embedded.dtype)
+        if packing is None:
+            return torch.cat([low.unsqueeze(1), embedded[:, 1:]], dim=1), vector
+        return embedded.index_copy(0, packing.first, low), vector
+
+    def _bottleneck(self, hidden: Tensor, pooled: Tensor | None, packing: Packing | None) -> Tensor | None:
         """b [B, H], or None when the decoder keeps its own [CLS] embedding."""
         if self.source == "off":
             return None
         if self.source == "cls":
-            return hidden[:, 0]
+            return _first(hidden, packing)
         return lexicon.bottleneck(pooled, backbone.word_embeddings(self.lm), self.source)
+
+
+def _first(tokens: Tensor, packing: Packing | None) -> Tensor:
+    """The first token of each text, [B, H] of [B, L, H] or [N, H]."""
+    return tokens[:, 0] if packing is None else tokens[packing.first]
 
 
 def masked_lm_loss(
@@ -119,12 +140,12 @@ def masked_lm_loss(
     transform: Callable[[Tensor], Tensor] | None = None,
     head: str = "auto",
 ) -> dict[str, Tensor]:
-    """Cross entropy of [B, L, H] features at the labelled positions only.
+    """Cross entropy of features at the labelled positions only.
 
     Args:
-        features: [B, L, H]; `transform` is applied to the labelled rows first.
+        features: [B, L, H] or [N, H]; `transform` is applied to the labelled rows first.
         weight, bias: output matrix [V, H] and its bias [V] or None.
-        labels: [B, L], IGNORE where there is no loss.
+        labels: [B, L] or [N], IGNORE where there is no loss.
         head: implementation, see `head.max_logits`.
 
     Returns:

@@ -153,6 +153,7 @@ class Engine:
         scaler = self._scaler()
         if hasattr(scaler, "raise_error_at_min_scale"):  # `health.Skips` has more to say
             scaler.raise_error_at_min_scale = False
+        self._left = 0
 
     @property
     def module(self) -> torch.nn.Module:
@@ -172,12 +173,25 @@ class Engine:
             factor = torch.where(torch.isfinite(loss), float(self.world), torch.nan)
         self.deepspeed.backward(loss * factor, scale_wrt_gas=False)
 
+    def expect(self, micro_batches: int) -> None:
+        """Say how many micro-batches the step that begins has; the same number on every rank."""
+        self._left = micro_batches
+        self.deepspeed.set_gradient_accumulation_boundary(micro_batches == 1)
+
     def end_micro_batch(self) -> None:
         """Close a micro-batch that is not the last of its step."""
         self.deepspeed.step()
+        self._count_down(self._left > 1)
+        self.deepspeed.set_gradient_accumulation_boundary(self._left == 1)
+
+    def _count_down(self, right: bool) -> None:
+        if not right:  # DeepSpeed would have taken the gradients of this micro-batch for those of another step
+            raise RuntimeError("a step has another number of micro-batches than `expect` was told")
+        self._left -= 1
 
     def step(self, lr: float) -> StepReport:
         """Close the last micro-batch and update the weights with learning rate ``lr``."""
+        self._count_down(self._left == 1)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         wrapper = self.deepspeed.optimizer

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lexmae.errors import InputError
 _MICRO = "train_micro_batch_size_per_gpu"
 # Keys of a DeepSpeed configuration that say how a model learns: the recipe owns them.
 _RECIPE_KEYS = {"train_batch_size": "optimization.batch", "gradient_accumulation_steps": "optimization.batch",
+                "managed_gradient_accumulation": "optimization.micro_batch",
                 "optimizer": "optimization.lr and its siblings", "scheduler": "optimization.warmup",
                 "gradient_clipping": "optimization.clip"}
 
@@ -27,15 +28,17 @@ class Hardware:
 
     Attributes:
         world: number of ranks.
-        micro_batch: texts that a rank computes at a time.
-        accumulation: micro-batches per optimizer step.
+        micro_batch: texts that a rank computes at a time; 0 where tokens say how many.
+        accumulation: micro-batches per optimizer step; 0 where their number differs between steps.
         config: the complete DeepSpeed configuration.
+        micro_tokens: tokens that a rank computes at a time; 0 where texts are counted.
     """
 
     world: int
     micro_batch: int
     accumulation: int
     config: dict[str, Any]
+    micro_tokens: int = 0
 
     @property
     def zero_stage(self) -> int:
@@ -102,8 +105,9 @@ def compose(path: Path, optimization: OptimizationConfig, world: int, *, accumul
         InputError: a key is set on both sides, or the global batch cannot be divided as asked.
     """
     config = read(path)
-    if _MICRO in config and optimization.micro_batch is not None:
-        raise InputError(f"sets {_MICRO} while the recipe sets optimization.micro_batch: keep one of the two", path)
+    for name in ("micro_batch", "micro_tokens"):
+        if _MICRO in config and getattr(optimization, name) is not None:
+            raise InputError(f"sets {_MICRO} while the recipe sets optimization.{name}: keep one of the two", path)
     batch = optimization.batch
     if batch % world:
         raise InputError(f"optimization.batch {batch} cannot be shared evenly by {world} ranks")
@@ -117,12 +121,29 @@ def compose(path: Path, optimization: OptimizationConfig, world: int, *, accumul
             raise InputError(f"optimization.batch {batch} over {world} ranks is {share} per rank, "
                              f"which is not a multiple of the micro-batch {micro}")
     accumulation = share // micro if accumulate else 1
+    tokens = optimization.micro_tokens or 0
+    if tokens and accumulate:  # the engine is told where each step ends; these are the most micro-batches there can be
+        accumulation = share
     config |= {"train_batch_size": batch, "gradient_accumulation_steps": accumulation,
                _MICRO: share // accumulation, "zero_allow_untested_optimizer": True,
                "steps_per_print": config.get("steps_per_print", 10**9)}
     if optimization.clip:
         config["gradient_clipping"] = optimization.clip
+    if tokens:
+        return Hardware(world, 0, 0 if accumulate else 1, config, tokens)
     return Hardware(world, micro or 0, accumulation, config)
+
+
+def with_profile(hardware: Hardware, step: int, output: Path) -> Hardware:
+    """With DeepSpeed's FLOPS profiler for one optimizer step, counted from 1; as it was for step 0.
+
+    Args:
+        output: the folder where it writes ``flops.txt``.
+    """
+    if not step:
+        return hardware
+    section = {"enabled": True, "profile_step": step - 1, "output_file": str(output / "flops.txt")}
+    return replace(hardware, config={**hardware.config, "flops_profiler": section})
 
 
 def accumulates(recipe: object) -> bool:
@@ -134,6 +155,12 @@ def accumulates(recipe: object) -> bool:
 def world_size() -> int:
     """Number of ranks that the launcher has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_budget(hardware: Hardware, longest: int, what: str) -> None:
+    """Refuse a budget of tokens that does not hold ``longest`` tokens, which ``what`` says in words."""
+    if 0 < hardware.micro_tokens < longest:
+        raise InputError(f"optimization.micro_tokens {hardware.micro_tokens}: {what}, so at least {longest} are needed")
 
 
 def refuse_precision(hardware: Hardware, has_gpu: bool, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lexmae.errors import Preempted
 from lexmae.train import checkpoint, schedules
 from lexmae.train.checkpoint import Resumed
 from lexmae.train.engine import Engine, StepReport
+from lexmae.train.flops import Meter
 from lexmae.train.health import LexiconWatch, Skips
 from lexmae.train.metrics_log import MetricsLog
 from lexmae.train.objectives import Metrics, Objective
@@ -35,6 +36,7 @@ class Run:
         probe: optimizer steps done → figures of a probe, none where none is due.
         examples: optimizer step → ids of its examples, for messages.
         lexicon: looks at the active terms, where vectors should be sparse.
+        meter: counts arithmetic.
     """
 
     engine: Engine
@@ -48,6 +50,7 @@ class Run:
     probe: Callable[[int], dict[str, float]] = lambda step: {}
     examples: Callable[[int], list[str]] = lambda step: []
     lexicon: LexiconWatch | None = None
+    meter: Meter = field(default_factory=Meter)
 
 
 class _Window:
@@ -111,7 +114,7 @@ class _Training:
         run = self.run
         self.log = MetricsLog(run.folder, self.start)
         self.bar = progress(total=run.total, desc=run.folder.name, unit="step", initial=self.start)
-        batches = prefetch(run.data, self.start, run.total)
+        batches = prefetch(run.data, self.start, run.total, device=run.engine.device)
         try:
             for step in range(self.start, run.total):
                 lifeline.at(f"step {step + 1}, waiting for data")
@@ -148,8 +151,10 @@ class _Training:
         engine, objective, window = self.run.engine, self.run.objective, self.window
         micro_batches, metrics = objective.micro_batches(step_data), {}
         self.bad_loss = torch.zeros((), device=engine.device)
+        engine.expect(len(micro_batches))
         for i, batch in enumerate(micro_batches):
             lifeline.at(f"step {step + 1}, forward and backward")
+            self.run.meter.add(batch)
             tokens, padded = objective.sizes(batch)
             window.tokens, window.padded = window.tokens + tokens, window.padded + padded
             loss, shares = objective.loss(engine, batch.to(engine.device), totals, step, self.run.total)
@@ -188,6 +193,7 @@ class _Training:
 
     def _report(self, done: int, lr: float) -> None:
         values = self.window.report(self.run.engine, self.last)
+        values |= self.run.meter.rates(values["seconds_per_step"] * self.window.steps)
         self.log.write(done, {**values, "lr": lr, "skipped": self.skips.total,
                               "examples": done * self.run.optimization.batch})
         self.shown |= {"loss": f"{values.get('loss', float('nan')):.3f}",

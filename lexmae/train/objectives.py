@@ -61,10 +61,14 @@ class Stateless:
 
 class PretrainObjective(Stateless):
     """Masked-LM losses of encoder and decoder (SPEC §1), means over the labelled positions of the global batch, and
-    where it has a weight the bag-of-words loss, a mean over its texts."""
+    where it has a weight the bag-of-words loss, a mean over its texts.
 
-    def __init__(self, config: BottleneckConfig):
-        self.config = config
+    Args:
+        packed: the model computes texts without padding.
+    """
+
+    def __init__(self, config: BottleneckConfig, packed: bool = False):
+        self.config, self.packed = config, packed
 
     def micro_batches(self, step_data: list[PretrainBatch]) -> list[PretrainBatch]:
         """As they come."""
@@ -95,8 +99,8 @@ class PretrainObjective(Stateless):
         return forward(**text.arguments())
 
     def sizes(self, batch: PretrainBatch) -> tuple[int, int]:
-        """Tokens without and with padding."""
-        return _sizes([batch.text])
+        """Tokens without and with the padding that is computed."""
+        return _sizes([batch.text], self.packed)
 
 
 class RankingModel(nn.Module):
@@ -104,9 +108,9 @@ class RankingModel(nn.Module):
 
     Args:
         encoder: texts → [B, V].
-        recompute: keep the vectors of a chunk alone and compute its activations again in the backward pass, so that
-            the memory of one chunk is enough for a batch of any size (the effect of GradCache, Gao et al. 2021, in a
-            single backward pass).
+        recompute: where there are several chunks, keep the vectors of a chunk alone and compute its activations again
+            in the backward pass, so that the memory of one chunk is enough for a batch of any size (the effect of
+            GradCache, Gao et al. 2021, in a single backward pass).
         query_encoder: texts → [B, V] of queries; they share ``encoder`` where there is none.
     """
 
@@ -119,15 +123,16 @@ class RankingModel(nn.Module):
         """Vectors of the queries [Q, V] and of the documents [Q·N, V], in the batch's order; of texts of one side
         alone, [B, V]."""
         if isinstance(batch, TextBatch):
-            return self._encode(batch) if side == "docs" else self._encode_queries(batch)
-        docs = _InOrder.apply(batch.doc_order, *(self._encode(chunk) for chunk in batch.docs))
-        return _InOrder.apply(batch.query_order, *(self._encode_queries(chunk) for chunk in batch.queries)), docs
+            return self._encode(batch, False) if side == "docs" else self._encode_queries(batch, False)
+        again = self.recompute and torch.is_grad_enabled() and len(batch.docs) > 1
+        docs = _InOrder.apply(batch.doc_order, *(self._encode(chunk, again) for chunk in batch.docs))
+        return _InOrder.apply(batch.query_order, *(self._encode_queries(chunk, again) for chunk in batch.queries)), docs
 
-    def _encode_queries(self, text: TextBatch) -> torch.Tensor:
-        return self._encode(text) if self.query_encoder is None else self.query_encoder(**text.arguments())
+    def _encode_queries(self, text: TextBatch, again: bool) -> torch.Tensor:
+        return self._encode(text, again) if self.query_encoder is None else self.query_encoder(**text.arguments())
 
-    def _encode(self, text: TextBatch) -> torch.Tensor:
-        if not (self.recompute and torch.is_grad_enabled()):
+    def _encode(self, text: TextBatch, again: bool) -> torch.Tensor:
+        if not again:
             return self.encoder(**text.arguments())
         # Not reentrant: each parameter then accumulates once, as ZeRO's reduction needs. Under ZeRO-3 a parameter has
         # another shape while it is split, and its hooks must see whole forward passes.
@@ -160,11 +165,12 @@ class RankingObjective:
         gather: rows of this rank → rows of all ranks, differentiable.
         world: number of ranks.
         teacher: batch → scores [Q, N] of each query's own documents; those that the batch brings where it is not given.
+        packed: the model computes texts without padding.
     """
 
     def __init__(self, config: LossConfig, gather: Callable[[torch.Tensor], torch.Tensor], world: int,
-                 teacher: Callable[[RankingBatch], torch.Tensor] | None = None):
-        self.config, self.gather, self.world = config, gather, world
+                 teacher: Callable[[RankingBatch], torch.Tensor] | None = None, packed: bool = False):
+        self.config, self.gather, self.world, self.packed = config, gather, world, packed
         self.teacher = teacher or (lambda batch: batch.teacher_scores)
         self.lambdas = Lambdas(config)
 
@@ -221,13 +227,14 @@ class RankingObjective:
         return forward(text, side)
 
     def sizes(self, batch: RankingBatch) -> tuple[int, int]:
-        """Tokens without and with padding."""
-        return _sizes([*batch.queries, *batch.docs])
+        """Tokens without and with the padding that is computed."""
+        return _sizes([*batch.queries, *batch.docs], self.packed)
 
 
 def _largest(vectors: torch.Tensor, k: int | None) -> torch.Tensor:
     return vectors if k is None else lexicon.top_k(vectors, k)
 
 
-def _sizes(texts: list[TextBatch]) -> tuple[int, int]:
-    return sum(int(t.attention_mask.sum()) for t in texts), sum(t.attention_mask.numel() for t in texts)
+def _sizes(texts: list[TextBatch], packed: bool) -> tuple[int, int]:
+    tokens = sum(int(t.attention_mask.sum()) for t in texts)
+    return tokens, tokens if packed else sum(t.attention_mask.numel() for t in texts)

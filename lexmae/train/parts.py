@@ -18,7 +18,7 @@ from lexmae.data.batches import PretrainData, RankingData, read_texts
 from lexmae.data.pairs import RerankData, read_pairs
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
-from lexmae.model import backbone
+from lexmae.model import backbone, layers
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.head_fit import TEXTS, fit_transform
 from lexmae.model.lexical_start import penalise_frequency, start_lexical
@@ -57,20 +57,37 @@ class Parts(NamedTuple):
 
 def build(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
     """The parts of a recipe around the backbone ``lm``; every rank calls it."""
+    if packs(config, place.hardware):
+        backbone.use_packing(lm)
     makers = {PretrainRecipe: _pretraining, FinetuneRecipe: _ranking, RerankRecipe: _reranking}
-    return makers[type(config)](config, lm, shards, place)
+    found = makers[type(config)](config, lm, shards, place)
+    for each in (lm, found.model.decoder.layers) if isinstance(found.model, Pretrainer) else (lm,):
+        if config.model.activation_checkpointing:
+            layers.recompute_layers(each)
+        if config.model.compile:
+            layers.compile_layers(each)
+    return found
+
+
+def packs(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, spread: Hardware) -> bool:
+    """Whether a recipe's texts are computed without padding here."""
+    if config.model.packing == "auto":
+        return torch.cuda.is_available() and spread.precision != "fp32" and not isinstance(config, RerankRecipe)
+    return config.model.packing == "on"
 
 
 def _common(config: Any, place: Place) -> dict[str, int]:
     return {"seed": config.optimization.seed, "batch": config.optimization.batch, "rank": place.rank,
-            "world": place.hardware.world}
+            "world": place.hardware.world, "micro_tokens": place.hardware.micro_tokens}
 
 
 def _pretraining(config: PretrainRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
     model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source,
                        bag_of_words=config.bottleneck.bow_weight > 0)
-    data = PretrainData(shards, config.masking, micro_batch=place.hardware.micro_batch, **_common(config, place))
-    return Parts(model, PretrainObjective(config.bottleneck), data)
+    packed = packs(config, place.hardware)
+    data = PretrainData(shards, config.masking, micro_batch=place.hardware.micro_batch, packed=packed,
+                        **_common(config, place))
+    return Parts(model, PretrainObjective(config.bottleneck, packed), data)
 
 
 def _ranking(config: FinetuneRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
@@ -82,10 +99,13 @@ def _ranking(config: FinetuneRecipe, lm: Any, shards: Shards, place: Place) -> P
     read = teacher and functools.partial(read_pairs, shards, shards.queries(config.split),
                                          max_length=teacher.max_length)
     data = RankingData(shards, config.split, _negatives(config, shards, place), config.negatives, micro_batch=chunk,
-                       exclude_judged=config.loss.exclude_judged, pairs=read, **_common(config, place))
+                       exclude_judged=config.loss.exclude_judged, pairs=read, packed=packs(config, spread),
+                       **_common(config, place))
     queries = _static_queries(config, lm, shards) if config.model.queries == "static" else None
-    model = RankingModel(SparseEncoder(lm), recompute=0 < spread.micro_batch < texts, query_encoder=queries)
-    return Parts(model, RankingObjective(config.loss, place.gather, spread.world, teacher), data)
+    recompute = spread.micro_tokens > 0 or 0 < spread.micro_batch < texts
+    model = RankingModel(SparseEncoder(lm), recompute, query_encoder=queries)
+    objective = RankingObjective(config.loss, place.gather, spread.world, teacher, packs(config, spread))
+    return Parts(model, objective, data)
 
 
 def _static_queries(config: FinetuneRecipe, lm: Any, shards: Shards) -> StaticQueries:

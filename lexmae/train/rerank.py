@@ -17,6 +17,7 @@ from lexmae.errors import InputError
 from lexmae.model import backbone
 from lexmae.model.reranker import KIND, CrossEncoder, save_scorer
 from lexmae.train import losses
+from lexmae.train.hardware import Hardware, refuse_budget
 from lexmae.train.objectives import Metrics, Stateless
 
 
@@ -68,12 +69,14 @@ class Teacher:
         return torch.cat(scores)
 
 
-def check(config: RerankRecipe, shards: Shards) -> None:
-    """Refuse a length that leaves no room for a document.
+def check(config: RerankRecipe, shards: Shards, spread: Hardware) -> None:
+    """Refuse a length that leaves no room for a document, and a budget of tokens that leaves none for a query.
 
     Raises:
-        InputError: the longest query and one token of a document do not fit.
+        InputError: the longest query and one token of a document do not fit, or the pairs of a query do not.
     """
+    pairs = 1 + config.negatives.per_query
+    refuse_budget(spread, pairs * config.max_length, f"a query has {pairs} pairs of up to {config.max_length} tokens")
     longest = shards.manifest.extra["query_length"]
     if config.max_length < longest + 3:
         raise InputError(f"max_length {config.max_length}: queries have up to {longest} tokens, "

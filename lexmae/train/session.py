@@ -48,8 +48,11 @@ def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | 
     if isinstance(config, FinetuneRecipe) and config.loss.teacher:
         shards.refuse_other_tokenizer(config.loss.teacher, reranker.KIND)
     if isinstance(config, RerankRecipe):
-        rerank.check(config, shards)
-    elif config.probe.every:
+        rerank.check(config, shards, spread)
+    else:
+        hardware.refuse_budget(spread, max(shards.manifest.extra["max_length"], shards.manifest.extra["query_length"]),
+                               "the shards hold texts that may be longer")
+    if not isinstance(config, RerankRecipe) and config.probe.every:
         probe.check(config.probe, shards)
     if config.model.init != "scratch":
         kinds = ("model", reranker.KIND) if isinstance(config, RerankRecipe) else ("model",)
@@ -92,7 +95,7 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
     output = Path(config.output)
     if artifact.exists(output / "model") and not several_hosts():
         return _finished(output)
-    from lexmae.train import checkpoint, engine, health, loop  # deepspeed takes many seconds to import
+    from lexmae.train import checkpoint, engine, flops, health, loop  # deepspeed takes many seconds to import
 
     learned = _learned(recipe.to_dict(config))
     device = engine.start_processes()
@@ -112,7 +115,9 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
         model, objective, data = parts.build(config, lm, shards, parts.Place(
             spread, rank, engine.gather, functools.partial(engine.on_rank_zero, hosts=hosts)))
         torch.manual_seed(config.optimization.seed + 1 + rank)  # dropout differs between ranks, weights do not
-        run_engine = engine.Engine(model, spread, config.optimization, device, hosts)
+        meter = flops.Meter(flops.counter(model, spread.world), _peak(config, spread, device))
+        run_engine = engine.Engine(model, hardware.with_profile(spread, config.logging.profile_step, output),
+                                   config.optimization, device, hosts)
         total = schedules.total_steps(config.optimization, data.size)
         _announce(config, spread, model, total, data.size, run_engine.world)
         resumed = checkpoint.load(run_engine, chosen) if chosen else checkpoint.Resumed()
@@ -124,7 +129,7 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
             probing["probe"] = _probe(config, shards, objective, run_engine, engine, total, bool(chosen), export)
         lexicon = health.watch_lexicon(config, shards.vocab_size, total, resumed.facts.get("said", ()))
         loop.train(loop.Run(run_engine, objective, data, config.optimization, config.logging, total, output, learned,
-                            examples=health.example_ids(data), lexicon=lexicon, **probing), resumed)
+                            meter=meter, examples=health.example_ids(data), lexicon=lexicon, **probing), resumed)
         lifeline.at("writing the model")
         export("model", total)
     except Preempted:
@@ -133,6 +138,15 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
         lifeline.blame(error)
     finally:
         engine.stop_processes()
+
+
+def _peak(config: Any, spread: Hardware, device: torch.device) -> float | None:
+    """The best TFLOP/s of this rank's device, as the recipe says or as they are known."""
+    if config.logging.peak_tflops is not None or device.type != "cuda":
+        return config.logging.peak_tflops
+    from lexmae.train import flops
+
+    return flops.peak(torch.cuda.get_device_name(device), spread.precision)
 
 
 def _finished(output: Path) -> None:
@@ -187,7 +201,7 @@ def _announce(config: Any, spread: Hardware, model: torch.nn.Module, total: int,
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     say(f"{config.output}: {weights / 1e6:.1f} M weights, {examples} examples, {total} steps of "
         f"{config.optimization.batch}, {world} rank(s), ZeRO-{spread.zero_stage}, {spread.precision}, "
-        f"accumulation {spread.accumulation}")
+        f"accumulation {spread.accumulation or f'by {spread.micro_tokens} tokens'}")
 
 
 def _export(run_engine: Any, on_rank_zero: Callable, lm: Any, queries: Any, config: Any, shards: Shards, name: str,

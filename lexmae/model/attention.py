@@ -1,0 +1,151 @@
+"""Attention among the tokens of each text of a packed batch.
+
+Three forms of one function. Flash attention reads packed texts as they are: without dropout through torch's
+`varlen_attn`, which knows windows, and with dropout through nested tensors, which do not. Both need a GPU and half
+precision. Else queries, keys and values alone are padded for the usual attention, on any device and in any precision;
+everything around it stays packed.
+
+Backbones call it through transformers' table of attention functions, under the name `PACKED`.
+
+Shapes: N tokens of all texts, A heads, D their size, B texts, L tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lexmae.model.packing import Packing
+
+PACKED = "lexmae_packed"
+HALF = (torch.float16, torch.bfloat16)
+_FLASH_SINCE = (8, 0)  # compute capability
+_FLASH_HEAD = 256  # largest D
+
+
+_failed: set[tuple[str, torch.dtype]] = set()  # what `try_out` has found not to work here
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None = None,
+           dropout: float = 0.0, window: int | None = None) -> Tensor:
+    """Softmax attention within each text, [N, A, D] of each kind -> [N, A, D].
+
+    Args:
+        packing: where texts begin.
+        scale: of the products; 1/sqrt(D) where it is None.
+        dropout: share of the weights that are dropped.
+        window: a token sees others at most this far away; all of its text where it is None.
+    """
+    return _FORMS[choose(query, dropout, window)](query, key, value, packing, scale, dropout, window)
+
+
+def choose(query: Tensor, dropout: float, window: int | None) -> str:
+    """`varlen`, `nested` or `padded`, for queries [N, A, D] on their device and in their type."""
+    fits = query.dtype in HALF and query.shape[-1] <= _FLASH_HEAD and not query.shape[-1] % 8
+    if not (query.is_cuda and fits and torch.cuda.get_device_capability(query.device) >= _FLASH_SINCE):
+        return "padded"
+    if not dropout and ("varlen", query.dtype) not in _failed:
+        return "varlen"
+    return "nested" if window is None and ("nested", query.dtype) not in _failed else "padded"
+
+
+def try_out(device: torch.device, size: int, limited: bool, dtypes: tuple[torch.dtype, ...] = HALF) -> None:
+    """Compute a small batch in each form, forward and backward; a form that fails or differs is not chosen from then
+    on, and a warning says so. What is newer than torch 2.4 is missing in some installations, and kernels depend on the
+    GPU.
+
+    Args:
+        size: of a head.
+        limited: whether some layers have windows.
+    """
+    for dtype in dtypes:
+        for form, reaches in (("varlen", (None, 2) if limited else (None,)), ("nested", (None,))):
+            try:
+                reason = "" if all(_agrees(form, device, size, dtype, reach) for reach in reaches) else "other values"
+            except Exception as error:  # of a missing module, kernel or driver: whatever keeps it from running
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if reason:
+                _failed.add((form, dtype))
+                warnings.warn(f"attention of packed texts does without its form '{form}' in {dtype}: {reason}",
+                              stacklevel=2)
+
+
+def _agrees(form: str, device: torch.device, size: int, dtype: torch.dtype, window: int | None) -> bool:
+    """Whether a form gives the values and gradients of the padded one."""
+    generator = torch.Generator().manual_seed(0)
+    packing = Packing.of((torch.arange(24) < torch.tensor([[24], [5], [17]])).to(device))
+    leaves = [torch.randn(len(packing.index), 2, size, generator=generator).to(device, dtype).requires_grad_()
+              for _ in range(3)]
+    results = []
+    with torch.enable_grad():
+        for name in (form, "padded"):
+            out = _FORMS[name](*leaves, packing, None, 0.0, window)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    return all(torch.allclose(one.float(), other.float(), atol=0.1, rtol=0.05)
+               for one, other in zip(*results, strict=True))
+
+
+def windows(lm: nn.Module) -> list[int | None]:
+    """How far a token sees in each layer of a transformers model, None for all of its text; in no order."""
+    reaches = [getattr(module, "sliding_window", None) for module in lm.base_model.modules()]
+    limited = [reach - 1 for reach in reaches if reach is not None]  # layers count the token itself
+    return [*limited, *[None] * (lm.config.num_hidden_layers - len(limited))]
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, dropout: float,
+            window: int | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # newer than the oldest torch that this project takes
+
+    longest, reach = packing.mask.shape[1], -1 if window is None else window
+    return varlen_attn(query, key, value, packing.starts, packing.starts, longest, longest, scale=scale,
+                       window_size=(reach, reach))
+
+
+def _nested(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, dropout: float,
+            window: None = None) -> Tensor:
+    jagged = [torch.nested.nested_tensor_from_jagged(each.contiguous(), packing.starts.long(), min_seqlen=1,
+                                                     max_seqlen=packing.mask.shape[1]).transpose(1, 2)
+              for each in (query, key, value)]
+    return F.scaled_dot_product_attention(*jagged, dropout_p=dropout, scale=scale).transpose(1, 2).values()
+
+
+def _padded(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, dropout: float,
+            window: int | None) -> Tensor:
+    seen = packing.mask[:, None, None, :]  # [B, 1, 1, L]
+    if window is not None:
+        place = torch.arange(packing.mask.shape[1], device=query.device)
+        near = (place[:, None] - place[None, :]).abs() <= window
+        seen = (seen & near) | torch.eye(len(place), dtype=torch.bool, device=query.device)  # no row sees nothing
+    padded = [packing.pad(each).transpose(1, 2) for each in (query, key, value)]  # [B, A, L, D]
+    out = F.scaled_dot_product_attention(*padded, attn_mask=seen, dropout_p=dropout, scale=scale)
+    return packing.pack(out.transpose(1, 2))
+
+
+_FORMS = {"varlen": _varlen, "nested": _nested, "padded": _padded}
+
+
+def _layer_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                     dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
+                     packing: Packing | None = None, **kw: Any) -> tuple[Tensor, None]:
+    """What a layer calls, with heads [B, A, L, D], or [1, A, N, D] where there is a packing: a result [B, L, A, D]."""
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
+    heads = (each.squeeze(0).transpose(0, 1) for each in (query, key, value))
+    window = None if sliding_window is None else sliding_window - 1  # layers count the token itself
+    return attend(*heads, packing, scaling, dropout, window).unsqueeze(0), None
+
+
+def _layer_mask(attention_mask: Tensor | None = None, **kw: Any) -> Tensor | None:
+    """The mask of a padded batch; a packed one has none."""
+    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kw)
+
+
+AttentionInterface.register(PACKED, _layer_attention)
+AttentionMaskInterface.register(PACKED, _layer_mask)

@@ -1,0 +1,33 @@
+"""How the transformer layers of a model are computed: compiled, or with their activations computed again.
+
+Both change the model in place, and neither what it computes nor the names of its weights.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def compile_layers(lm: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile what stands between token ids and last hidden states, for batches of any size.
+
+    Args:
+        backend: of `torch.compile`.
+    """
+    lm.base_model.compile(dynamic=True, backend=backend)
+
+
+def recompute_layers(lm: PreTrainedModel) -> None:
+    """Keep the input of each layer alone in training, and compute the layer again in the backward pass.
+
+    Not reentrant, so that each parameter accumulates once, as ZeRO's reduction needs, and whole layers again, so that
+    the hooks of ZeRO-3 see them end. transformers' own switch looks for word embeddings, which a decoder has not.
+    """
+    recompute = functools.partial(checkpoint, use_reentrant=False, early_stop=False, determinism_check="none")
+    for module in lm.base_model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing, module._gradient_checkpointing_func = True, recompute
