@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +25,7 @@ from lexmae.cycle.config import (
     StageConfig,
 )
 from lexmae.cycle.plan import Plan, Step
-from lexmae.cycle.runner import Runner
+from lexmae.cycle.runner import ROOT, Runner
 from lexmae.errors import InputError
 
 # ---------------------------------------------------------------------------------------------------- the plan
@@ -543,3 +547,26 @@ def test_a_reranked_run_has_a_row_in_every_table(figures):
     further = report.collect_further(dataclasses.replace(
         figures, evaluation=evaluation, reranker=RerankerConfig(negatives="bm25")))
     assert list(further["test"]) == list(further["other"]) == ["BM25", "rerank", "one"]
+
+
+SAVES_FIRST = """\
+import pathlib, time
+pathlib.Path("begun").touch()
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+"""
+
+
+def test_ctrl_c_lets_a_command_save(tmp_path):
+    program = f"import sys; from lexmae.cycle import runner; runner._wait([sys.executable, '-c', {SAVES_FIRST!r}])"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, start_new_session=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) != 0 and (tmp_path / "saved").exists()

@@ -62,7 +62,7 @@ class Runner:
         command = self._launch(step)
         cli.say(f"[{position}] {step.name}: {shlex.join(command)}")
         start = time.time()
-        code = subprocess.run(command, cwd=Path.cwd()).returncode
+        code = _wait(command)
         if code:
             cli.say(f"step {step.name} failed with exit code {code}; the same command goes on from here")
             raise SystemExit(code if 0 < code < 128 else 1)
@@ -87,6 +87,19 @@ class Runner:
         self.records[name] = record
         with artifact.atomic_file(self.book) as out:
             json.dump(self.records, out, indent=1)
+
+
+def _wait(command: list[str]) -> int:
+    """Run a command; its exit code. Ctrl-C reaches it too, and it may have something to save before it ends."""
+    process = subprocess.Popen(command, cwd=Path.cwd())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait()
+        finally:  # also where Ctrl-C comes again
+            process.kill()
+        raise
 
 
 def visible_gpus() -> int:
