@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from lexmae.data.batches import _Movable
+from lexmae.data.batches import Movable
 from lexmae.retrieval import flow
 
 CPU = torch.device("cpu")
 
 
 @dataclass
-class Numbers(_Movable):
+class Numbers(Movable):
     values: torch.Tensor
     block: int
 

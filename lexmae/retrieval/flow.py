@@ -19,14 +19,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lexmae.data.batches import prefetch
+from lexmae.data.batches import pinned, prefetch
 
 AHEAD, BEHIND = 4, 8
 """Batches that are read ahead of the model, and batches that may wait for the thread that writes."""
@@ -100,8 +99,7 @@ def _reader(job: Job, block: int, batches: list[np.ndarray], device: torch.devic
         if device.type != "cuda":
             return batch
         with torch.cuda.device(device):
-            values = ((f.name, getattr(batch, f.name)) for f in fields(batch))
-            return replace(batch, **{name: v.pin_memory() for name, v in values if isinstance(v, Tensor)})
+            return pinned(batch)
 
     return read
 
