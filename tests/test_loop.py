@@ -190,7 +190,7 @@ def test_probes_are_reported_and_their_time_is_not_that_of_training(tmp_path, sa
         (3, None), (4, 0.4), (6, None), (6, 0.6), (9, None), (10, None), (10, 1.0)]
     assert [line["seconds_per_step"] for line in found if "loss" in line] == [1.0] * 4
     assert [done for done, _ in asked] == list(range(1, 11))
-    assert asked[3] == (4, []) and asked[9] == (10, [4, 8])  # before the checkpoint, so that a stop loses none
+    assert asked[3] == (4, []) and asked[9] == (10, [4, 6, 8])  # before the checkpoint, so that a stop loses none
     assert engine.module.weight.item() == pytest.approx(reference(10)[0], rel=1e-5)
 
 
@@ -347,14 +347,22 @@ def test_a_second_interrupt_ends_at_once(tmp_path, monkeypatch):
 
 
 def test_the_step_of_the_best_probe_is_saved(tmp_path, saved):
+    def probe(done: int) -> dict[str, float]:
+        return {"probe_mrr_10": {3: 0.2, 6: 0.3, 9: 0.3}[done]} if done % 3 == 0 else {}
+
     run, _ = make(tmp_path, PlainEngine())
-    run.probe = lambda done: {"probe_mrr_10": 0.1, "probe_improved": done == 6} if done % 3 == 0 else {}
+    run.probe = probe
     loop.train(run)
-    assert saved == [4, 6, 8, 10]
+    assert saved == [3, 4, 6, 8, 10]
     saved.clear()
-    run, _ = make(tmp_path / "again", PlainEngine(), checkpoint_every=0)
-    run.folder.mkdir()
-    run.probe = lambda done: {"probe_mrr_10": 0.1, "probe_improved": done == 6} if done % 3 == 0 else {}
+    loop.train(run, Resumed(4, {"best_probe": 0.2}))
+    assert saved == [6, 8, 10]
+    saved.clear()
+    loop.train(run, Resumed(4, {"best_probe": 0.4}))
+    assert saved == [8, 10]
+    saved.clear()
+    run, _ = make(tmp_path, PlainEngine(), checkpoint_every=0)
+    run.probe = probe
     loop.train(run)
     assert saved == [10]
 

@@ -102,6 +102,7 @@ class _Training:
     def __init__(self, run: Run, resumed: Resumed, signals: Signals):
         self.run, self.signals, self.start = run, signals, resumed.step
         self.saved = resumed.step  # the newest checkpoint, or nothing to save
+        self.best = float(resumed.facts.get("best_probe", -1.0))
         hardware = run.engine.hardware
         self.skips = Skips(run.logging.max_skipped, hardware.precision, hardware.lowest_scale, run.examples,
                            run.folder, int(resumed.facts.get("skipped", 0)))
@@ -182,13 +183,15 @@ class _Training:
         lifeline.at(f"step {done}, probe")
         probing = time.perf_counter()
         self.figures = run.probe(done)
+        improved = bool(self.figures) and self.figures[checkpoint.PROBE] > self.best
         if self.figures:
+            self.best = max(self.best, self.figures[checkpoint.PROBE])
             self.log.write(done, self.figures)
             self.shown["MRR@10"] = f"{self.figures[checkpoint.PROBE]:.4f}"
             self.bar.set_postfix(self.shown)
             self.window.start += time.perf_counter() - probing  # rates are those of training
         every = run.logging.checkpoint_every
-        if done == run.total or (every and (done % every == 0 or self.figures.get("probe_improved"))):
+        if done == run.total or (every and (done % every == 0 or improved)):
             self._save(done)
 
     def _report(self, done: int, lr: float) -> None:
@@ -207,7 +210,7 @@ class _Training:
             return False
         run = self.run
         lifeline.at(f"step {done}, checkpoint")
-        facts = {"objective": run.objective.state_dict(), "skipped": self.skips.total,
+        facts = {"objective": run.objective.state_dict(), "skipped": self.skips.total, "best_probe": self.best,
                  "said": [] if run.lexicon is None else run.lexicon.said}
         if self.figures:
             facts[checkpoint.PROBE] = self.figures[checkpoint.PROBE]

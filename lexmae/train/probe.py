@@ -171,11 +171,10 @@ class Probe:
         started = time.perf_counter()
         with self.engine.evaluating():
             figures = self._measure()
-        improved = figures["probe_mrr_10"] > self.best
-        if improved:
+        if figures["probe_mrr_10"] > self.best:
             self.best = figures["probe_mrr_10"]
             self.keep(step, figures)
-        return {**figures, "probe_improved": improved, "probe_seconds": time.perf_counter() - started}
+        return {**figures, "probe_seconds": time.perf_counter() - started}
 
     def _measure(self) -> dict[str, float]:
         chosen, terms = self.selection, self.shards.vocab_size
