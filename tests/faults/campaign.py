@@ -29,6 +29,7 @@ from lexmae import artifact, verification
 from lexmae.errors import InputError
 
 ROOM = 512  # MB of the tmpfs where the disk is not full
+KILLED = (-signal.SIGKILL, -signal.SIGALRM)  # exit codes
 PAGE = os.sysconf("SC_PAGESIZE")  # bytes that it gives at a time
 
 
@@ -99,8 +100,8 @@ class Campaign:
                 how = self._blow(command)
                 told.append(str(how))
                 done = run(lambda: command.job(output), self.scratch, **how)
-                counts["kills"] += done.code == -signal.SIGKILL
-                if done.code not in (0, -signal.SIGKILL):
+                counts["kills"] += done.code in KILLED
+                if done.code not in (0, *KILLED):
                     self.fail(counts, f"{command.name} after {told}", done)
                 try:
                     state = command.state(output)
@@ -116,8 +117,10 @@ class Campaign:
         return counts
 
     def _blow(self, command: Command) -> dict:
-        if self.random.random() < 0.6:
-            return {"crash_at": self.random.randint(1, command.operations)}
+        choice = self.random.random()
+        if choice < 0.6:
+            delay = 0.0 if choice < 0.3 else self.random.expovariate(2000)  # seconds, 0.5 ms in the mean
+            return {"crash_at": self.random.randint(1, command.operations), "delay": delay}
         return {"kill_after": self.random.uniform(0.02, 0.98) * command.seconds}
 
     # --------------------------------------------------------------------------------------------------------- disks

@@ -44,14 +44,20 @@ class Outcome:
     operations: int
 
 
-def run(job: Callable[[], object], scratch: Path, *, crash_at: int = 0, kill_after: float | None = None) -> Outcome:
-    """Run ``job`` through ``cli.run`` in a fork; with ``crash_at`` it is killed at that file operation."""
+def run(job: Callable[[], object], scratch: Path, *, crash_at: int = 0, delay: float = 0.0,
+        kill_after: float | None = None) -> Outcome:
+    """Run ``job`` through ``cli.run`` in a fork.
+
+    Args:
+        crash_at: it is killed right before this file operation, or ``delay`` seconds later, in the midst of writing.
+        kill_after: it is killed after so many seconds.
+    """
     said, counted = scratch / "said.txt", scratch / "operations"
     counted.unlink(missing_ok=True)
     start = time.perf_counter()
     child = os.fork()
     if not child:
-        _become(job, said, counted, crash_at)
+        _become(job, said, counted, crash_at, delay)
     ended = 0
     while not ended:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -64,7 +70,7 @@ def run(job: Callable[[], object], scratch: Path, *, crash_at: int = 0, kill_aft
                    operations)
 
 
-def _become(job: Callable[[], object], said: Path, counted: Path, crash_at: int) -> None:
+def _become(job: Callable[[], object], said: Path, counted: Path, crash_at: int, delay: float) -> None:
     """The child: never returns."""
     os.setpgid(0, 0)
     handle = os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
@@ -74,7 +80,9 @@ def _become(job: Callable[[], object], said: Path, counted: Path, crash_at: int)
     def step() -> None:
         nonlocal count
         count += 1
-        if count == crash_at:
+        if count == crash_at and delay:
+            signal.setitimer(signal.ITIMER_REAL, delay)  # nobody handles SIGALRM: it ends the process as SIGKILL does
+        elif count == crash_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event: str, args: tuple) -> None:
