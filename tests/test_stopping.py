@@ -117,7 +117,8 @@ def test_signals_stop_a_run_that_goes_on_anywhere(kind, shards_dir, tmp_path):
     assert three > two
 
     run([f"launch/{kind}.py", str(recipe), "--resume", "auto", "--deepspeed_config", "ds_configs/fp32_zero0.json"])
-    expected, got = ([line for line in log(folder) if "loss" in line] for folder in (tmp_path / "whole" / "run", output))
+    folders = (tmp_path / "whole" / "run", output)
+    expected, got = ([line for line in log(folder) if "loss" in line] for folder in folders)
     assert [line["step"] for line in got] == [line["step"] for line in expected] == list(range(1, STEPS + 1))
     # Two ranks round otherwise than one; in fine-tuning that grows: one rank with other chunks leaves this curve after
     # about a hundred steps, too.
