@@ -117,9 +117,11 @@ def test_signals_stop_a_run_that_goes_on_anywhere(kind, shards_dir, tmp_path):
     assert three > two
 
     run([f"launch/{kind}.py", str(recipe), "--resume", "auto", "--deepspeed_config", "ds_configs/fp32_zero0.json"])
-    expected, got = log(tmp_path / "whole" / "run"), log(output)
+    folders = (tmp_path / "whole" / "run", output)
+    expected, got = ([line for line in log(folder) if "loss" in line] for folder in folders)
     assert [line["step"] for line in got] == [line["step"] for line in expected] == list(range(1, STEPS + 1))
-    # Two ranks round otherwise than one; over hundreds of steps of fine-tuning that grows into another run.
+    # Two ranks round otherwise than one; in fine-tuning that grows: one rank with other chunks leaves this curve after
+    # about a hundred steps, too.
     for a, b in list(zip(expected, got, strict=True))[:three + 50]:
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4, rel=1e-4), a["step"]
 
