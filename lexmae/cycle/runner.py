@@ -6,11 +6,14 @@ import hashlib
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from lexmae import artifact, cli
 from lexmae.checked import read_json
@@ -18,6 +21,7 @@ from lexmae.cycle.plan import Step
 from lexmae.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = "deepspeed"
 
 
 class Runner:
@@ -79,7 +83,7 @@ class Runner:
                   *step.command[1:]]
         if not step.trains or (self.ranks == 1 and not self.hostfile):
             return [sys.executable, *script]
-        launcher = [str(Path(sys.executable).with_name("deepspeed"))]
+        launcher = [str(Path(sys.executable).with_name(LAUNCHER))]
         return [*launcher, *(["--hostfile", self.hostfile] if self.hostfile
                              else ["--num_gpus", str(self.ranks)]), *script]
 
@@ -90,8 +94,10 @@ class Runner:
 
 
 def _wait(command: list[str]) -> int:
-    """Run a command; its exit code. Ctrl-C reaches it too, and it may have something to save before it ends."""
+    """Run a command; its exit code. It may have something to save before it ends: Ctrl-C reaches it too, and SIGTERM
+    is passed on."""
     process = subprocess.Popen(command, cwd=Path.cwd())
+    previous = signal.signal(signal.SIGTERM, lambda *_: _terminate(process, Path(command[0]).name == LAUNCHER))
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -100,6 +106,17 @@ def _wait(command: list[str]) -> int:
         finally:  # also where Ctrl-C comes again
             process.kill()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(process: subprocess.Popen, launched: bool) -> None:
+    """SIGTERM for a command; of the deepspeed launcher for what it has started, since it passes none on itself."""
+    if not launched:
+        process.terminate()
+        return
+    for child in psutil.Process(process.pid).children():
+        child.terminate()
 
 
 def visible_gpus() -> int:
