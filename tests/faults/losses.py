@@ -46,7 +46,8 @@ def lose(kind: str, shards: Path, folder: Path, losses: int, chosen: random.Rand
     slowest, reached = 0.0, 0
     for number in range(losses):
         launched = Launched([script, str(recipe), "--resume", "auto"], output)
-        launched.until_step(reached + chosen.randint(1, 4))
+        goal = reached + chosen.randint(1, 4)
+        launched.until(lambda goal=goal: max(checkpoint.steps(output / "checkpoints"), default=0) >= goal)
         time.sleep(chosen.random() * 0.3)
         victim = chosen.randint(0, 1)
         launched.rank(victim).send_signal(signal.SIGKILL)
