@@ -27,7 +27,7 @@ from lexmae.data.batches import PretrainBatch, PretrainData
 from lexmae.data.corpus import Passage, write_beir
 from lexmae.data.prepare import prepare
 from lexmae.data.shards import Shards
-from lexmae.model import backbone, lexicon
+from lexmae.model import attention, backbone, lexicon
 from lexmae.model.decoder import new_decoder
 from lexmae.model.pretrainer import Pretrainer
 from lexmae.train import hardware
@@ -99,7 +99,7 @@ def ours(model: Path, shards: Shards, args: argparse.Namespace) -> common.Side:
     torch.manual_seed(0)
     lm = backbone.load_masked_lm(str(model))
     if args.packed:
-        backbone.use_packing(lm)
+        attention.use_packing(lm)
     pretrainer = Pretrainer(lm)
     micro = max(1, args.batch // 4) if args.device == "cpu" else args.batch
     path = hardware.find("ds_configs/bf16_zero0.json" if args.bf16 else "ds_configs/fp32_zero0.json")

@@ -10,7 +10,7 @@ from tiny_models import SIZES
 from lexmae.config import BottleneckConfig, LossConfig, MaskingConfig, NegativesConfig
 from lexmae.data.batches import PretrainData, RankingData
 from lexmae.data.budget import balanced, cut, deal
-from lexmae.model import backbone
+from lexmae.model import attention, backbone
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.pretrainer import Pretrainer
 from lexmae.train.objectives import PretrainObjective, RankingModel, RankingObjective
@@ -101,7 +101,7 @@ def model_for(shards, packed: bool):
     torch.manual_seed(0)
     lm = backbone.create_masked_lm("bert", shards.vocab_size, special, {**SIZES["bert"], "max_position_embeddings": 32})
     if packed:
-        backbone.use_packing(lm)
+        attention.use_packing(lm)
     return lm
 
 

@@ -8,7 +8,7 @@ from test_packing import assert_same, example, gradients
 from tiny_models import SIZES, tiny
 
 from lexmae.config import ModelConfig, OptimizationConfig, PretrainRecipe
-from lexmae.model import backbone, layers
+from lexmae.model import attention, layers
 from lexmae.model.pretrainer import Pretrainer
 from lexmae.train import parts
 from lexmae.train.hardware import Hardware
@@ -23,7 +23,7 @@ def trained(family: str, packed: bool, change, **size) -> tuple[dict[str, torch.
     """Losses and gradients of a step in training mode; ``change`` is applied to both transformers."""
     lm = tiny(family, **size)
     if packed:
-        backbone.use_packing(lm)
+        attention.use_packing(lm)
     torch.manual_seed(1)
     model = Pretrainer(lm, 2).train()
     for each in (model.lm, model.decoder.layers):

@@ -63,7 +63,7 @@ def test_pretraining(family, source):
     for packed in (False, True):
         lm = tiny(family)
         if packed:
-            backbone.use_packing(lm)
+            attention.use_packing(lm)
         torch.manual_seed(1)
         model = Pretrainer(lm, 2, source, bag_of_words=True).eval()
         rows = count_rows(model)
@@ -95,7 +95,7 @@ def test_vectors(family, pooling):
     padded = SparseEncoder(lm, pooling=pooling)(**inputs)
     padded.square().mean().backward()
     wanted = gradients(lm)
-    backbone.use_packing(lm)
+    attention.use_packing(lm)
     packed = SparseEncoder(lm, pooling=pooling)(**inputs)
     packed.square().mean().backward()
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
@@ -124,7 +124,7 @@ def test_a_packed_model_still_computes_padded_batches(family):
     lm, inputs = tiny(family), batch(4, LENGTHS)
     del inputs["text_mask"]
     expected = backbone.hidden_states(lm, **inputs)
-    backbone.use_packing(lm)
+    attention.use_packing(lm)
     torch.testing.assert_close(backbone.hidden_states(lm, **inputs), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_when_texts_are_packed(packing, gpu, section, expected, monkeypatch):
 
 def test_nothing_of_it_is_saved(tmp_path):
     lm = tiny("modernbert")
-    backbone.use_packing(lm)
+    attention.use_packing(lm)
     SparseEncoder(lm).save(tmp_path)
     assert "packed" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
 

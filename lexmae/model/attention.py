@@ -7,7 +7,7 @@ everything around it stays packed.
 
 Backbones call it through transformers' table of attention functions, under the name `PACKED`.
 
-Shapes: N tokens of all texts, A heads, D their size, B texts, L tokens of the longest.
+Shapes: N tokens of all texts, A heads, D their size, H hidden size, B texts, L tokens of the longest.
 """
 
 from __future__ import annotations
@@ -18,19 +18,37 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lexmae.model.packing import Packing
 
-PACKED = "lexmae_packed"
+PACKED = "lexmae_packed"  # what a model that computes packed batches has for its attention
 HALF = (torch.float16, torch.bfloat16)
 _FLASH_SINCE = (8, 0)  # compute capability
 _FLASH_HEAD = 256  # largest D
 
 
 _failed: set[tuple[str, torch.dtype]] = set()  # what `try_out` has found not to work here
+
+
+def use_packing(lm: PreTrainedModel) -> None:
+    """Let a model compute batches without their padding, where `packing` says how."""
+    if torch.cuda.is_available():
+        config, gpu = lm.config, torch.device("cuda", torch.cuda.current_device())
+        try_out(gpu, config.hidden_size // config.num_attention_heads, any(windows(lm)))
+    lm.set_attn_implementation(PACKED)
+
+
+def packing(lm: PreTrainedModel, attention_mask: Tensor) -> Packing | None:
+    """The packed form of a batch with this mask [B, L], if the model computes packed batches."""
+    return Packing.of(attention_mask) if lm.config._attn_implementation == PACKED else None
+
+
+def run_packed(lm: PreTrainedModel, packing: Packing, **inputs: Tensor) -> Tensor:
+    """Last hidden states [N, H] of a model's packed inputs, all [1, N, …]."""
+    return lm.base_model(**inputs, attention_mask=None, packing=packing).last_hidden_state.squeeze(0)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None = None,
@@ -92,7 +110,7 @@ def _agrees(form: str, device: torch.device, size: int, dtype: torch.dtype, wind
                for one, other in zip(*results, strict=True))
 
 
-def windows(lm: nn.Module) -> list[int | None]:
+def windows(lm: PreTrainedModel) -> list[int | None]:
     """How far a token sees in each layer of a transformers model, None for all of its text; in no order."""
     reaches = [getattr(module, "sliding_window", None) for module in lm.base_model.modules()]
     limited = [reach - 1 for reach in reaches if reach is not None]  # layers count the token itself

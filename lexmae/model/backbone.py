@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lexmae.errors import InputError
-from lexmae.model.attention import PACKED, try_out, windows
+from lexmae.model.attention import run_packed
 from lexmae.model.packing import Packing
 
 
@@ -43,8 +43,7 @@ class Family:
     segments: bool
     offset_positions: bool = False
     """Positions start after the padding id, so that fewer of them are left for tokens."""
-    positions: bool = True
-    """The embeddings read position ids."""
+    positions: bool = True  # read by the embeddings
 
 
 def _bert(lm: Any, hidden: Tensor) -> Tensor:
@@ -303,41 +302,19 @@ def embed(
     if packing is None:
         return lm.base_model.embeddings(input_ids=input_ids, **_segments(lm, token_type_ids))
     flat = _packed_inputs(lm, input_ids, token_type_ids, packing)
-    if not _family(lm).positions:
-        del flat["position_ids"]
-    return lm.base_model.embeddings(**flat).squeeze(0)
+    read = flat if _family(lm).positions else {"input_ids": flat["input_ids"]}
+    return lm.base_model.embeddings(**read).squeeze(0)
 
 
 def hidden_states(
     lm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None,
     packing: Packing | None = None,
 ) -> Tensor:  # fmt: skip
-    """Last hidden states [B, L, H] of ids [B, L], or [N, H] where there is a packing.
-
-    Segment ids are used only where the backbone has them.
-    """
+    """Last hidden states [B, L, H] of ids [B, L], or [N, H] where there is a packing; segments where they are known."""
     if packing is not None:
         return run_packed(lm, packing, **_packed_inputs(lm, input_ids, token_type_ids, packing))
-    segments = _segments(lm, token_type_ids)
-    return lm.base_model(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
-
-
-def run_packed(lm: PreTrainedModel, packing: Packing, **inputs: Tensor) -> Tensor:
-    """Last hidden states [N, H] of packed inputs, all [1, N, …]."""
-    return lm.base_model(**inputs, attention_mask=None, packing=packing).last_hidden_state.squeeze(0)
-
-
-def use_packing(lm: PreTrainedModel) -> None:
-    """Let the model compute batches without their padding, where `packing` says how."""
-    if torch.cuda.is_available():
-        config, gpu = lm.config, torch.device("cuda", torch.cuda.current_device())
-        try_out(gpu, config.hidden_size // config.num_attention_heads, any(windows(lm)))
-    lm.set_attn_implementation(PACKED)
-
-
-def packing(lm: PreTrainedModel, attention_mask: Tensor) -> Packing | None:
-    """The packed form of a batch with this mask [B, L], if the model computes packed batches."""
-    return Packing.of(attention_mask) if lm.config._attn_implementation == PACKED else None
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **_segments(lm, token_type_ids)}
+    return lm.base_model(**inputs).last_hidden_state
 
 
 def positions(lm: PreTrainedModel, packing: Packing) -> Tensor:
@@ -349,9 +326,8 @@ def positions(lm: PreTrainedModel, packing: Packing) -> Tensor:
 def _packed_inputs(lm: PreTrainedModel, input_ids: Tensor, token_type_ids: Tensor | None,
                    packing: Packing) -> dict[str, Tensor]:
     """ids, segments and positions [1, N] of padded ones [B, L]."""
-    padded = {"input_ids": input_ids, **_segments(lm, token_type_ids)}
-    flat = {name: packing.pack(value).unsqueeze(0) for name, value in padded.items()}
-    return {**flat, "position_ids": positions(lm, packing)}
+    flat = {name: packing.pack(value)[None] for name, value in _segments(lm, token_type_ids).items()}
+    return {"input_ids": packing.pack(input_ids)[None], **flat, "position_ids": positions(lm, packing)}
 
 
 def scores(

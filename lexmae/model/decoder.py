@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from lexmae.errors import InputError
-from lexmae.model.backbone import positions, run_packed, transform, word_embeddings
+from lexmae.model.attention import run_packed
+from lexmae.model.backbone import positions, transform, word_embeddings
 from lexmae.model.packing import Packing
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lexmae.errors import InputError
-from lexmae.model import backbone, foreign
+from lexmae.model import attention, backbone, foreign
 from lexmae.model.pooling import Pooling
 
 _MASK, _POOLING = "1_MultiVectorMask", "2_SpladePooling"
@@ -56,7 +56,7 @@ class SparseEncoder(nn.Module):
 
         `text_mask` is true at text tokens, neither special nor padding; a text without any gives zeros.
         """
-        packing = backbone.packing(self.lm, attention_mask)
+        packing = attention.packing(self.lm, attention_mask)
         hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids, packing)
         features = backbone.transform(self.lm, hidden)  # [B, L, H] or [N, H]
         weight, bias = backbone.output_matrix(self.lm)

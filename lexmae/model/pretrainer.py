@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lexmae.errors import InputError
-from lexmae.model import backbone, lexicon
+from lexmae.model import attention, backbone, lexicon
 from lexmae.model.decoder import new_decoder
 from lexmae.model.head import max_logits
 from lexmae.model.mlm import cross_entropy_sum
@@ -76,7 +76,7 @@ class Pretrainer(nn.Module):
             scalars; the losses are sums of cross entropies over labelled positions. `bow_loss_sum`: sum over the
             texts, where there is a bag-of-words loss. `bottleneck`: [B, H], what the decoder reads at position 0.
         """
-        packing = backbone.packing(self.lm, attention_mask)
+        packing = attention.packing(self.lm, attention_mask)
         hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids, packing)  # or [N, H]
         features = backbone.transform(self.lm, hidden)
         weight, bias = backbone.output_matrix(self.lm)

@@ -19,6 +19,7 @@ from lexmae.data.pairs import RerankData, read_pairs
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import backbone, layers
+from lexmae.model.attention import use_packing
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.head_fit import TEXTS, fit_transform
 from lexmae.model.lexical_start import penalise_frequency, start_lexical
@@ -58,7 +59,7 @@ class Parts(NamedTuple):
 def build(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
     """The parts of a recipe around the backbone ``lm``; every rank calls it."""
     if packs(config, place.hardware):
-        backbone.use_packing(lm)
+        use_packing(lm)
     makers = {PretrainRecipe: _pretraining, FinetuneRecipe: _ranking, RerankRecipe: _reranking}
     found = makers[type(config)](config, lm, shards, place)
     for each in (lm, found.model.decoder.layers) if isinstance(found.model, Pretrainer) else (lm,):
