@@ -153,4 +153,7 @@ def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, m
 
     with ThreadPoolExecutor(world) as pool:
         list(pool.map(work, range(world)))
-    assert artifact.read(tmp_path / "v").fingerprint == artifact.read(tmp_path / "whole").fingerprint
+    one, several = DenseVectors.open(tmp_path / "whole"), DenseVectors.open(tmp_path / "v")
+    assert several.ids == one.ids
+    # A product of matrices may round otherwise in another thread.
+    np.testing.assert_allclose(several.matrix, one.matrix, rtol=1e-5, atol=1e-6)
