@@ -77,7 +77,9 @@ def job(folder: Path, name: str, steps: int, stage: int, resume: str | None = No
     for step in range(start, start + steps):
         rows = data(step).split(BATCH // world)[rank]
         total = torch.zeros((), device=device)
-        for i, half in enumerate(rows.chunk(2)):
+        halves = rows.chunk(2)
+        engine.expect(len(halves))
+        for i, half in enumerate(halves):
             loss = engine(half.to(device, next(engine.module.parameters()).dtype)).float().sum() / BATCH
             if poison == step and rank == world - 1 and i == 1:
                 loss = loss * torch.inf
