@@ -67,13 +67,22 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
+def _values(text: str) -> Any:
+    """The plain values that a text in YAML holds."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:
     if not path.is_file():
         raise InputError("no such recipe", path)
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)  # a safe loader: plain values only
+        values = _values(text)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError) as error:
         mark = getattr(error, "problem_mark", None)
         raise InputError(f"not YAML: {getattr(error, 'problem', None) or error}", path,
@@ -108,7 +117,7 @@ def _collect_lines(node: yaml.Node, where: tuple, lines: dict[tuple, int], path:
 
 def _parse_value(override: str, text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _values(text)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError) as error:
         raise InputError(f"--set {override}: the value is not YAML") from error
 

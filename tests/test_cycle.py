@@ -550,7 +550,8 @@ def test_a_reranked_run_has_a_row_in_every_table(figures):
 
 
 SAVES_FIRST = """\
-import pathlib, time
+import pathlib, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with SIGINT ignored
 pathlib.Path("begun").touch()
 try:
     time.sleep(60)
@@ -591,7 +592,8 @@ def test_sigterm_is_passed_on(tmp_path, launched):
 
 
 def test_ctrl_c_lets_a_command_save(tmp_path):
-    program = f"import sys; from lexmae.cycle import runner; runner._wait([sys.executable, '-c', {SAVES_FIRST!r}])"
+    program = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+               f"from lexmae.cycle import runner; runner._wait([sys.executable, '-c', {SAVES_FIRST!r}])")
     process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, start_new_session=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 60

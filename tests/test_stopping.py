@@ -131,6 +131,7 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_ends(shards_dir, tmp_path):
                           optimization={**SECTIONS["pretrain"]["optimization"], "steps": 5000})
     launched = Launched(["launch/pretrain.py", str(recipe)], tmp_path / "run", **{lifeline.HUNG: "15"})
     launched.until_step(3)
+    time.sleep(6)  # three beats, which tell the others where it is
     launched.rank(1).suspend()
     assert launched.end() == 1
     text = launched.errors.read_text()
