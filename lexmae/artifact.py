@@ -122,13 +122,14 @@ def create(path: str | Path, kind: str, *, inputs: Mapping[str, str | Path] | No
         seal(draft, path, kind, inputs=inputs, config=config)
 
 
+def is_taken(path: Path) -> bool:
+    """Whether something is there, other than an empty directory."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
 def refuse_existing(path: Path, overwrite: bool = False) -> None:
     """Raise InputError where writing ``path`` would replace something that was not offered for replacement."""
-    if not path.exists():
-        return
-    if overwrite and (path.is_dir() and (exists(path) or not any(path.iterdir()))):
-        return
-    if path.is_dir() and not any(path.iterdir()):
+    if not is_taken(path) or (overwrite and path.is_dir() and exists(path)):
         return
     hint = "" if not exists(path) else "; remove it, choose another output, or add --overwrite where offered"
     raise InputError(f"already exists{hint}", path)

@@ -77,7 +77,7 @@ def writing(output: Path, rank: int, overwrite: bool = False) -> Iterator[None]:
         InputError: on rank 0, where another command writes the output, or has finished it meanwhile.
     """
     with locks.writing(output, here=rank == 0):
-        if rank == 0 and not overwrite and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if rank == 0 and not overwrite and artifact.is_taken(output):
             raise InputError("already exists: another command has made it meanwhile", output)
         yield
 

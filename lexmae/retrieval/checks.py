@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from lexmae import artifact, verification
 from lexmae.errors import InputError
 
 if TYPE_CHECKING:
     from lexmae.retrieval.vectors import Csr
 
 _CHUNK = 1 << 24  # values looked at together
+
+
+def opened(path: Path, kind: str, side: str | None) -> artifact.Manifest:
+    """The manifest of vectors that are about to be used, verified; InputError where they are of another side."""
+    manifest = verification.opened(path, kind)
+    made_for = manifest.extra.get("side")
+    if side is not None and made_for is not None and made_for != side:
+        raise InputError(f"these are vectors of {made_for}, but vectors of {side} are needed here", path)
+    return manifest
 
 
 def check_batch(batch: pa.RecordBatch, schema: pa.Schema, path: Path | str) -> None:

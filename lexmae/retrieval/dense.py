@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lexmae import artifact, verification
+from lexmae import artifact
 from lexmae.checked import read_array, read_arrow
 from lexmae.errors import InputError
 from lexmae.retrieval import checks
@@ -75,10 +75,7 @@ class DenseVectors:
                 twice or a value that is not a finite number.
         """
         path = Path(path)
-        manifest = verification.opened(path, KIND)
-        made_for = manifest.extra.get("side")
-        if side is not None and made_for is not None and made_for != side:
-            raise InputError(f"these are vectors of {made_for}, but vectors of {side} are needed here", path)
+        manifest = checks.opened(path, KIND, side)
         ids = read_ids(path / IDS)
         if len(set(ids)) != len(ids):
             raise InputError("an id occurs more than once", path / IDS)

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lexmae import verification
 from lexmae.errors import InputError
 from lexmae.retrieval import checks
 from lexmae.retrieval.kernels import frozen, gather
@@ -41,10 +40,7 @@ class StoredVectors(SparseVectors):
     @classmethod
     def open(cls, path: str | Path, side: str | None = None) -> StoredVectors:
         """Map a finished artifact; arguments and errors of ``SparseVectors.open``."""
-        manifest = verification.opened(path, KIND)
-        made_for = manifest.extra.get("side")
-        if side is not None and made_for is not None and made_for != side:
-            raise InputError(f"these are vectors of {made_for}, but vectors of {side} are needed here", path)
+        manifest = checks.opened(path, KIND, side)
         parts = [batch for file in part_files(path) for batch in read_batches(file)]
         vectors = cls(parts, read_vocabulary(path), dict(manifest.extra), manifest.fingerprint)
         ordered = vectors.id_array.take(vectors.order)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from lexmae import artifact, verification
+from lexmae import artifact
 from lexmae.checked import check_offsets, read_arrow, read_strings
 from lexmae.errors import InputError
 from lexmae.retrieval import checks
@@ -222,10 +222,7 @@ class SparseVectors:
                 or a term that the vocabulary does not have.
         """
         path = Path(path)
-        manifest = verification.opened(path, KIND)
-        made_for = manifest.extra.get("side")
-        if side is not None and made_for is not None and made_for != side:
-            raise InputError(f"these are vectors of {made_for}, but vectors of {side} are needed here", path)
+        manifest = checks.opened(path, KIND, side)
         ids, csr = join(read_part(file) for file in part_files(path))
         if len(set(ids)) != len(ids):
             raise InputError(f"the id '{_first_repeated(ids)}' occurs more than once", path)
