@@ -17,35 +17,11 @@ Rows = dict[str, dict[str, Any]]
 
 
 def collect(config: PipelineRecipe) -> Rows:
-    """Figures of BM25 and of every stage, from what the steps wrote."""
-    work, split = Path(config.work), config.evaluation.split
-    bm25 = json.loads((work / "bm25" / "bm25.json").read_text(encoding="utf-8"))
-    rows = {"BM25": {**_measures(work, "bm25/metrics.json"), "terms_docs": bm25["terms_docs"],
-                     "terms_queries": bm25["terms_queries"], "index_bytes": bm25["index_bytes"],
-                     "queries_per_second": bm25["queries_per_second"]}}
-    _add_reranked(config, "bm25", rows)
-    for stage in config.stages:
-        folder = work / stage.name
-        search = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        rows[stage.name] = {
-            **_measures(work, f"{stage.name}/metrics.json"),
-            "terms_docs": artifact.read(folder / "vectors-docs").extra["mean_active"],
-            "terms_queries": artifact.read(folder / f"vectors-{split}").extra["mean_active"],
-            "index_bytes": sum(p.stat().st_size for p in (folder / "index").rglob("*") if p.is_file()),
-            "queries_per_second": search["queries_per_second"]}
-        _add_reranked(config, stage.name, rows)
+    """Figures of BM25, of every stage and of the cross-encoder, from what the steps wrote."""
+    rows: Rows = {}
+    for row, name in _folders(config).items():
+        rows[row] = {**_measures(Path(config.work), f"{name}/metrics.json"), **_costs(config, name, rows)}
     return rows
-
-
-def _add_reranked(config: PipelineRecipe, source: str, rows: Rows) -> None:
-    """The row of the reranked run behind that of the run itself; index and speed are those of the pair of them."""
-    if config.reranker is None or config.reranker.negatives != source:
-        return
-    work, first = Path(config.work), list(rows.values())[-1]
-    rate = json.loads((work / RERANKER / "run.json").read_text(encoding="utf-8"))["queries_per_second"]
-    pair = 1 / (1 / first["queries_per_second"] + 1 / rate) if rate and first["queries_per_second"] else None
-    rows["rerank"] = {**_measures(work, f"{RERANKER}/metrics.json"), "index_bytes": first["index_bytes"],
-                      "queries_per_second": pair}
 
 
 def collect_further(config: PipelineRecipe) -> dict[str, Rows]:
@@ -53,27 +29,44 @@ def collect_further(config: PipelineRecipe) -> dict[str, Rows]:
     work, evaluation = Path(config.work), config.evaluation
     files = {split: f"metrics-{split}.json" for split in evaluation.more_splits}
     files |= {other.name: f"{other.name}/metrics.json" for other in evaluation.zero_shot}
-    folders = {"BM25": "bm25"} | {stage.name: stage.name for stage in config.stages}
-    if config.reranker:
-        folders = _behind(folders, config.reranker.negatives)
-    return {name: {row: _measures(work, f"{folder}/{file}") for row, folder in folders.items()}
+    return {name: {row: _measures(work, f"{folder}/{file}") for row, folder in _folders(config).items()}
             for name, file in files.items()}
 
 
-def _behind(folders: dict[str, str], source: str) -> dict[str, str]:
-    """The rows with that of the cross-encoder behind the one that it reranks."""
+def _folders(config: PipelineRecipe) -> dict[str, str]:
+    """The rows of a table and the folders of their figures; the cross-encoder stands behind what it reranks."""
     found = {}
-    for row, folder in folders.items():
+    for row, folder in (("BM25", "bm25"), *((stage.name, stage.name) for stage in config.stages)):
         found[row] = folder
-        if folder == source:
+        if config.reranker is not None and config.reranker.negatives == folder:
             found["rerank"] = RERANKER
     return found
 
 
+def _costs(config: PipelineRecipe, name: str, before: Rows) -> dict[str, Any]:
+    """Terms, size and speed of a row; of a reranked run those of the pair of it and the row before."""
+    folder = Path(config.work) / name
+    if name == "bm25":
+        bm25 = _json(folder / "bm25.json")
+        return {key: bm25[key] for key in ("terms_docs", "terms_queries", "index_bytes", "queries_per_second")}
+    rate = _json(folder / "run.json")["queries_per_second"]
+    if name == RERANKER:
+        first = list(before.values())[-1]
+        pair = 1 / (1 / first["queries_per_second"] + 1 / rate) if rate and first["queries_per_second"] else None
+        return {"index_bytes": first["index_bytes"], "queries_per_second": pair}
+    return {"terms_docs": artifact.read(folder / "vectors-docs").extra["mean_active"],
+            "terms_queries": artifact.read(folder / f"vectors-{config.evaluation.split}").extra["mean_active"],
+            "index_bytes": sum(p.stat().st_size for p in (folder / "index").rglob("*") if p.is_file()),
+            "queries_per_second": rate}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _measures(work: Path, path: str) -> dict[str, Any]:
     """Means of a row, and how it differs from the row that it was tested against, where there is one."""
-    path = work / path
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = _json(work / path)
     row = {name: found["means"][name] for name in MEASURES}
     if "compare" in found:
         test = next(test for test in found["compare"]["tests"] if test["measure"] == _TESTED)
