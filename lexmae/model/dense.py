@@ -67,6 +67,8 @@ class DenseEncoder(nn.Module):
 
         `cls` does not read the LM head, so that a sentence encoder without one will do.
         """
-        load = backbone.load_masked_lm if representation != "cls" else lambda *args, **kw: (
-            backbone.load_masked_lm_with_new(*args, **kw)[0])
-        return cls(load(str(init), **kw), representation, head)
+        if representation == "cls":
+            lm, _ = backbone.load_masked_lm_with_new(str(init), **kw)
+        else:
+            lm = backbone.load_masked_lm(str(init), **kw)
+        return cls(lm, representation, head)

@@ -138,8 +138,12 @@ def _negatives(config: FinetuneRecipe | RerankRecipe, shards: Shards, place: Pla
     return draws.NegativeLists(lists)
 
 
-def build_lm(config: ModelConfig, shards: Shards) -> Any:
-    """The backbone of a recipe, checked against the shards' vocabulary and length."""
+def build_lm(config: ModelConfig, shards: Shards, continued: bool = False) -> Any:
+    """The backbone of a recipe, checked against the shards' vocabulary and length.
+
+    Args:
+        continued: a checkpoint's weights will take the place of these, so that a head needs no start.
+    """
     if config.init == "scratch":
         special = {name: i for name, i in dataclasses.asdict(shards.special).items() if i is not None}
         lm = backbone.create_masked_lm(config.architecture, shards.vocab_size, special, config.size)
@@ -147,7 +151,7 @@ def build_lm(config: ModelConfig, shards: Shards) -> Any:
             start_lexical(lm)
     else:
         lm, new = backbone.load_masked_lm_with_new(config.init)
-        if new and config.fit_head:
+        if new and config.fit_head and not continued:
             _fit_head(lm, config.init, shards)
     entries = backbone.word_embeddings(lm).shape[0]
     if entries < shards.vocab_size:

@@ -19,7 +19,7 @@ from lexmae.model import card, reranker
 from lexmae.model.encoder import save_masked_lm
 from lexmae.model.static_queries import save_table
 from lexmae.ranks import Hosts, several_hosts
-from lexmae.train import hardware, parts, probe, rerank, schedules
+from lexmae.train import flops, hardware, parts, probe, rerank, schedules
 from lexmae.train.hardware import Hardware
 
 _WHERE_ONLY = ("output", "deepspeed", "logging", "probe")  # may change between a run and its continuation
@@ -95,7 +95,7 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
     output = Path(config.output)
     if artifact.exists(output / "model") and not several_hosts():
         return _finished(output)
-    from lexmae.train import checkpoint, engine, flops, health, loop  # deepspeed takes many seconds to import
+    from lexmae.train import checkpoint, engine, health, loop  # deepspeed takes many seconds to import
 
     learned = _learned(recipe.to_dict(config))
     device = engine.start_processes()
@@ -110,7 +110,7 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
                                 **_flat("DeepSpeed configuration", spread.config), micro_batch=spread.micro_batch)
         torch.manual_seed(config.optimization.seed)
         reranking = isinstance(config, RerankRecipe)
-        lm = rerank.build_scorer(config, shards) if reranking else parts.build_lm(config.model, shards)
+        lm = rerank.build_scorer(config, shards) if reranking else parts.build_lm(config.model, shards, bool(chosen))
         rank = torch.distributed.get_rank()
         model, objective, data = parts.build(config, lm, shards, parts.Place(
             spread, rank, engine.gather, functools.partial(engine.on_rank_zero, hosts=hosts)))
@@ -144,8 +144,6 @@ def _peak(config: Any, spread: Hardware, device: torch.device) -> float | None:
     """The best TFLOP/s of this rank's device, as the recipe says or as they are known."""
     if config.logging.peak_tflops is not None or device.type != "cuda":
         return config.logging.peak_tflops
-    from lexmae.train import flops
-
     return flops.peak(torch.cuda.get_device_name(device), spread.precision)
 
 
