@@ -24,7 +24,7 @@ from lexmae.retrieval import encode, vectors
 
 def main() -> None:
     """Compare vectors, then time both sides in turn."""
-    args = common.make_parser(__doc__, passages=64, batch=32, batch_tokens=16384).parse_args()
+    args = common.make_parser(__doc__, passages=64, batch=32).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sample, model = common.inputs(args, args.passages, folder)
@@ -39,7 +39,7 @@ def ours(folder: Path, model: Path, sample: list[str], args: argparse.Namespace)
     """The two commands that a user calls: tokenise into shards, encode; loading the model and writing included."""
     beir = folder / "beir"
     write_beir(beir, (Passage(str(i), "", text) for i, text in enumerate(sample)), [], {})
-    config = encode.EncodeConfig("docs", batch_tokens=args.batch_tokens, precision="bf16" if args.bf16 else "fp32")
+    config = encode.EncodeConfig("docs", precision="bf16" if args.bf16 else "fp32")
     runs = count()
 
     def run() -> vectors.SparseVectors:

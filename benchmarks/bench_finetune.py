@@ -1,6 +1,7 @@
 """A fine-tuning step: lexmae against sentence-transformers' SparseEncoderTrainer, on the same weights and texts.
 
     python benchmarks/bench_finetune.py [--input FOLDER] [--size base|mini] [--batch 2] [--negatives 15]
+        [--padded]
 
 A step is one optimizer update over `--batch` queries with a positive and `--negatives` negatives each: reading
 tokenised texts for lexmae, the trainer's data loader and collator for the peer, contrastive loss over all documents,
@@ -28,7 +29,7 @@ from lexmae.data.corpus import Passage, Query, write_beir
 from lexmae.data.negatives import write_negatives
 from lexmae.data.prepare import prepare
 from lexmae.data.shards import Shards
-from lexmae.model import backbone
+from lexmae.model import attention, backbone
 from lexmae.model.encoder import SparseEncoder
 from lexmae.train import hardware
 from lexmae.train.objectives import RankingModel, RankingObjective
@@ -74,16 +75,21 @@ def ours(folder: Path, model: Path, shards: Shards, args: argparse.Namespace) ->
     """The ranking objective behind the DeepSpeed engine; documents in chunks of similar length."""
     from lexmae.train import engine as engines
 
-    encoder = SparseEncoder(backbone.load_masked_lm(str(model)))
+    lm, packed = backbone.load_masked_lm(str(model)), not args.padded
+    if packed:
+        attention.use_packing(lm)
+    encoder = SparseEncoder(lm)
     path = hardware.find("ds_configs/bf16_zero0.json" if args.bf16 else "ds_configs/fp32_zero0.json")
     optimization = OptimizationConfig(lr=LR, batch=args.batch, clip=1.0)
     engine = engines.Engine(RankingModel(encoder), hardware.compose(path, optimization, 1, accumulate=False),
                             optimization, engines.start_processes())
     negatives = NegativesConfig(str(folder / "negatives.jsonl"), per_query=args.negatives)
     draws.build(shards, "train", negatives, folder / "drawn")
+    chunk = args.chunk if args.device == "cpu" else args.batch * (1 + args.negatives)
     data = RankingData(shards, "train", draws.NegativeLists(folder / "drawn"), negatives, seed=0, batch=args.batch,
-                       micro_batch=args.chunk if args.device == "cpu" else args.batch * (1 + args.negatives))
-    objective = RankingObjective(LossConfig(lambda_docs=LAMBDA_DOCS, lambda_queries=LAMBDA_QUERIES), engines.gather, 1)
+                       micro_batch=chunk, packed=packed)
+    objective = RankingObjective(LossConfig(lambda_docs=LAMBDA_DOCS, lambda_queries=LAMBDA_QUERIES), engines.gather, 1,
+                                 packed=packed)
 
     def run() -> float:
         loss, _ = objective.loss(engine, data(0).to(engine.device), [], 0, 1)

@@ -1,7 +1,7 @@
 """A LexMAE pre-training step: lexmae against two usual ways of computing it, on the same weights, texts and masks.
 
     python benchmarks/bench_pretrain.py [--input FOLDER] [--size base|mini] [--batch 8] [--steps 1] [--no-compile]
-        [--packed]
+        [--padded]
 
 - research: eager attention that returns its weights, logits of all tokens for both losses and the bottleneck, batches
   in random order padded to the longest text;
@@ -61,7 +61,6 @@ def main() -> None:
     """Compare losses, then time the sides in turn."""
     parser = common.make_parser(__doc__, batch=8, steps=1)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--packed", action="store_true", help="lexmae computes its texts without padding")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -98,10 +97,10 @@ def ours(model: Path, shards: Shards, args: argparse.Namespace) -> common.Side:
 
     torch.manual_seed(0)
     lm = backbone.load_masked_lm(str(model))
-    if args.packed:
+    if not args.padded:
         attention.use_packing(lm)
     pretrainer = Pretrainer(lm)
-    micro = max(1, args.batch // 4) if args.device == "cpu" else args.batch
+    micro = max(1, args.batch // 2) if args.device == "cpu" else args.batch
     path = hardware.find("ds_configs/bf16_zero0.json" if args.bf16 else "ds_configs/fp32_zero0.json")
     optimization = OptimizationConfig(batch=args.batch, micro_batch=micro)
     engine = engines.Engine(pretrainer, hardware.compose(path, optimization, 1, accumulate=True), optimization,

@@ -130,7 +130,7 @@ def test_a_packed_model_still_computes_padded_batches(family):
 
 @pytest.mark.parametrize(("packing", "gpu", "section", "expected"), [
     ("auto", True, {"bf16": {"enabled": True}}, True), ("auto", True, {}, False),
-    ("auto", False, {"fp16": {"enabled": True}}, False), ("on", False, {}, True),
+    ("auto", False, {}, True), ("auto", False, {"bf16": {"enabled": True}}, True), ("on", True, {}, True),
     ("off", True, {"bf16": {"enabled": True}}, False)])
 def test_when_texts_are_packed(packing, gpu, section, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)

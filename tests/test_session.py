@@ -139,5 +139,6 @@ def test_a_model_that_cannot_read_the_shards_is_refused(tiny_shards, tmp_path):
 def test_what_may_change_between_a_run_and_its_continuation(recipe):
     learned = session._learned(to_dict(recipe()))
     assert {"output", "deepspeed", "logging"}.isdisjoint(learned)
-    assert "micro_batch" not in learned["optimization"]
+    assert {"micro_batch", "micro_tokens"}.isdisjoint(learned["optimization"])
+    assert {"packing", "compile", "activation_checkpointing"}.isdisjoint(learned["model"])
     assert learned["optimization"]["batch"] == 8 and learned["model"]["init"] == "scratch"

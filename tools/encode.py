@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> None:
                              "bottleneck, or the last hidden state of [CLS]")
     parser.add_argument("--top-k", type=int, help="keep the k largest weights of each text")
     parser.add_argument("--threshold", type=float, help="leave out weights below this; the smallest weight is 0.01")
-    parser.add_argument("--batch-tokens", type=int, default=16384, help="most tokens of a batch, padding included")
+    parser.add_argument("--batch-tokens", type=int,
+                        help="most tokens of a batch, padding included; by default 2048 on a CPU, 16384 on a GPU")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                         help="auto is bf16 on a GPU that has it, fp32 elsewhere")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--side queries needs --split")
     if options.threshold is not None and not 0 < options.threshold < float("inf"):
         raise InputError("--threshold must be above 0")
-    if options.top_k is not None and options.top_k < 1 or options.batch_tokens < 1:
+    if any(value is not None and value < 1 for value in (options.top_k, options.batch_tokens)):
         raise InputError("--top-k and --batch-tokens must be at least 1")
 
     from lexmae.retrieval import encode, encode_dense  # torch, once the arguments are known to be good

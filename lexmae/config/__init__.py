@@ -41,8 +41,8 @@ class ModelConfig:
             it, such a head starts at random.
         queries: what makes a query's vector: ``shared``, the documents' encoder (the paper); ``static``, a table
             with a learned weight per token, so that a query needs no model (``lexmae.model.static_queries``).
-        packing: compute texts one behind the other, without padding (``lexmae.model.packing``); ``auto`` does so on a
-            GPU in half precision. A cross-encoder's pairs are always padded.
+        packing: compute texts one behind the other, without padding (``lexmae.model.packing``); ``auto`` does so
+            but on a GPU in fp32. A cross-encoder's pairs are always padded.
         compile: compute the transformer layers with ``torch.compile``.
         activation_checkpointing: keep the input of each transformer layer alone and compute the rest again in the
             backward pass: less memory, about a third more arithmetic.

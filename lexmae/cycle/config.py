@@ -118,7 +118,7 @@ class EvaluationConfig:
         engine: search engine.
         hits: documents retrieved per query.
         top_k_docs, top_k_queries: keep this many of the largest weights.
-        batch_tokens: padded tokens per batch when encoding.
+        batch_tokens: padded tokens per batch when encoding; what suits the device where it is not given.
     """
 
     split: str = "dev"
@@ -129,7 +129,7 @@ class EvaluationConfig:
     hits: int = 1000
     top_k_docs: int | None = None
     top_k_queries: int | None = None
-    batch_tokens: int = 16384
+    batch_tokens: int | None = None
 
     def __post_init__(self):
         require(self.engine in ENGINES, f"engine: one of {', '.join(ENGINES)} is needed")

@@ -263,8 +263,8 @@ class Plan:
     def _add_scoring(self, name: str, model: Path, target: Target, source: list[str], output: Path, depth: int,
                      more: list[str]) -> Path:
         return self._add(name, ["tools/score.py", "--model", str(model), "--data", str(target.shards), "--split",
-                                target.split, *source, "--depth", str(depth), "--output", str(output), "--batch-tokens",
-                                str(self.config.evaluation.batch_tokens), *more],
+                                target.split, *source, "--depth", str(depth), "--output", str(output),
+                                *self._batch_tokens, *more],
                          output, [model, target.shards, Path(source[1])], trains=True, resumes=True)
 
     def _taught(self, stage: StageConfig, negatives: Path) -> Path:
@@ -295,11 +295,16 @@ class Plan:
                                self.config.evaluation.hits, documents=self.config.prepare.split_documents)
         self._add_evaluation(model, run, target, self._stages_done[-1] if self._stages_done else "bm25")
 
+    @property
+    def _batch_tokens(self) -> list[str]:
+        wanted = self.config.evaluation.batch_tokens
+        return [] if wanted is None else ["--batch-tokens", str(wanted)]
+
     def _add_encode(self, name: str, model: str, side: str, target: Target) -> Path:
         evaluation, folder = self.config.evaluation, self.work / model
         output = folder / target.folder / ("vectors-docs" if side == "docs" else f"vectors-{target.split}")
         command = ["tools/encode.py", "--model", str(folder / "model"), "--data", str(target.shards), "--side", side,
-                   "--output", str(output), "--batch-tokens", str(evaluation.batch_tokens)]
+                   "--output", str(output), *self._batch_tokens]
         command += ["--split", target.split] if side == "queries" else []
         top_k = evaluation.top_k_docs if side == "docs" else evaluation.top_k_queries
         command += ["--top-k", str(top_k)] if top_k else []

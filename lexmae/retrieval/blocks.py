@@ -13,18 +13,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lexmae import artifact, lifeline, locks
+from lexmae import artifact, lifeline, locks, memory
 from lexmae.cli import is_main_rank, say
 from lexmae.errors import InputError
 from lexmae.ranks import Hosts, several_hosts
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Padded tokens of a batch: a CPU's activations stay in its cache, a GPU has much to do at once."""
 _STATE, _PARTS = "begun.json", "part-*"
 
 
@@ -36,6 +39,8 @@ def ranks() -> Iterator[tuple[int, int, torch.device]]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    else:
+        memory.keep_freed_blocks()
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         lifeline.begin()
@@ -156,6 +161,11 @@ def collect(hosts: Hosts, partial: Path, count: int) -> None:
 def finished(partial: Path) -> None:
     """Leave nothing but the parts in the folder."""
     (partial / _STATE).unlink()
+
+
+def with_batch_tokens(config: Any, device: torch.device) -> Any:
+    """An encoding's or scoring's configuration with the size of batches that suits the device, where it has none."""
+    return replace(config, batch_tokens=config.batch_tokens or BATCH_TOKENS[device.type])
 
 
 def by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:

@@ -39,14 +39,14 @@ class EncodeConfig:
         split: of the queries.
         top_k: keep this many of the largest weights of each text.
         threshold: leave out weights below this, in the units of the vectors (an integer weight is 100 times that).
-        batch_tokens: padded tokens per batch.
+        batch_tokens: padded tokens per batch; what suits the device where it is not given.
         precision: ``fp32``, ``bf16``, ``fp16`` or ``auto`` (bf16 on a GPU that has it, fp32 elsewhere).
     """
 
     side: str
     split: str | None = None
     top_k: int | None = None
-    batch_tokens: int = 16384
+    batch_tokens: int | None = None
     precision: str = "auto"
     threshold: float | None = None
 
@@ -63,6 +63,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         table, opened, made_with = open_inputs(model, shards, config)
         blocks.refuse_existing(output, overwrite)
     with blocks.ranks() as (rank, world, device), blocks.writing(output, rank, overwrite):
+        config = blocks.with_batch_tokens(config, device)
         hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=made_with)
         name = blocks.precision(config.precision, device)
         state = {"model": made_with or str(model), "shards": opened.manifest.fingerprint, "side": config.side,

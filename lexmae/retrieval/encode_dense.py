@@ -42,6 +42,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         table, opened, made_with = sparse.open_inputs(model, shards, config)
         blocks.refuse_existing(output, overwrite)
     with blocks.ranks() as (rank, world, device), blocks.writing(output, rank, overwrite):
+        config = blocks.with_batch_tokens(config, device)
         hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=made_with)
         name = blocks.precision(config.precision, device)
         state = {"model": made_with or str(model), "shards": opened.manifest.fingerprint, "side": config.side,

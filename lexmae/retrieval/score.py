@@ -46,14 +46,14 @@ class ScoreConfig:
         split: of the queries.
         depth: documents at the top of each list; all where it is not given.
         max_length: tokens of a pair; where it is not given, what the model was trained with, or what fits the shards.
-        batch_tokens: padded tokens per batch.
+        batch_tokens: padded tokens per batch; what suits the device where it is not given.
         precision: ``fp32``, ``bf16``, ``fp16`` or ``auto`` (bf16 on a GPU that has it, fp32 elsewhere).
     """
 
     split: str
     depth: int | None = None
     max_length: int | None = None
-    batch_tokens: int = 16384
+    batch_tokens: int | None = None
     precision: str = "auto"
 
 
@@ -95,6 +95,7 @@ def score(model: str | Path, shards: str | Path, output: str | Path, config: Sco
         made_with = opened.refuse_other_tokenizer(model, KIND)
         work = (Negatives if negatives else Reranking)(source, opened, config)
     with blocks.ranks() as (rank, world, device), blocks.writing(output, rank, overwrite):
+        config = blocks.with_batch_tokens(config, device)
         scorer = CrossEncoder.load(model).to(device).eval()
         max_length = _pair_length(scorer, made_with, opened, config, model)
         name = blocks.precision(config.precision, device)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lexmae import lifeline
+from lexmae import lifeline, memory
 from lexmae.config import OptimizationConfig
 from lexmae.ranks import Hosts
 from lexmae.train.hardware import Hardware
@@ -52,6 +52,7 @@ def start_processes() -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     else:
+        memory.keep_freed_blocks()
         # DeepSpeed's shared-memory operator serves inference alone, and would be compiled at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     wait = datetime.timedelta(seconds=lifeline.hung_limit()) + _PATIENCE
@@ -146,6 +147,8 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(hardware.config),
                                                   dist_init_required=False)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.world == 1 and hardware.zero_stage == 0:  # no copy of all gradients for an exchange with nobody
+            self.deepspeed.enable_backward_allreduce = False
         wrapper = self.deepspeed.optimizer
         if hasattr(wrapper, "check_grad_overflow") and not (
                 hardware.precision == "fp32" and wrapper.compute_grad_norm):  # else the norm tells

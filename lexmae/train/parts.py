@@ -73,7 +73,8 @@ def build(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, lm: Any, shard
 def packs(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, spread: Hardware) -> bool:
     """Whether a recipe's texts are computed without padding here."""
     if config.model.packing == "auto":
-        return torch.cuda.is_available() and spread.precision != "fp32" and not isinstance(config, RerankRecipe)
+        fits = spread.precision != "fp32" or not torch.cuda.is_available()
+        return fits and not isinstance(config, RerankRecipe)
     return config.model.packing == "on"
 
 

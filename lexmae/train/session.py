@@ -22,7 +22,10 @@ from lexmae.ranks import Hosts, several_hosts
 from lexmae.train import flops, hardware, parts, probe, rerank, schedules
 from lexmae.train.hardware import Hardware
 
-_WHERE_ONLY = ("output", "deepspeed", "logging", "probe")  # may change between a run and its continuation
+# What may change between a run and its continuation: sections, and keys of others.
+_WHERE_ONLY = ("output", "deepspeed", "logging", "probe")
+_MACHINE_ONLY = {"model": ("packing", "compile", "activation_checkpointing"),
+                 "optimization": ("micro_batch", "micro_tokens")}
 
 
 def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | None = None,
@@ -107,7 +110,8 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
         engine.on_rank_zero(lambda: _open_output(output, config))
         shards = Shards.open(config.data)
         hosts.refuse_difference(**_flat("recipe", learned), shards=shards.manifest.fingerprint,
-                                **_flat("DeepSpeed configuration", spread.config), micro_batch=spread.micro_batch)
+                                **_flat("DeepSpeed configuration", spread.config), micro_batch=spread.micro_batch,
+                                micro_tokens=spread.micro_tokens)
         torch.manual_seed(config.optimization.seed)
         reranking = isinstance(config, RerankRecipe)
         lm = rerank.build_scorer(config, shards) if reranking else parts.build_lm(config.model, shards, bool(chosen))
@@ -178,7 +182,8 @@ def _learned(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a composed recipe that a continued run must share with its beginning: without what belongs to the
     machine."""
     learned = {key: value for key, value in config.items() if key not in _WHERE_ONLY}
-    learned["optimization"] = {key: value for key, value in learned["optimization"].items() if key != "micro_batch"}
+    for section, keys in _MACHINE_ONLY.items():
+        learned[section] = {key: value for key, value in learned[section].items() if key not in keys}
     return learned
 
 
