@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         run = runner.Runner(Path(config.work), ranks, options.hostfile, options.redo)
         for i, step in enumerate(planned[:last + 1]):
             run.run(step, f"{i + 1}/{len(planned)}")
+            if step.name == plan.TEACHER_MEASURED and (doubt := report.doubt(config)):
+                cli.say(doubt)
         if options.until:
             return
         seconds = run.seconds(names)

@@ -521,6 +521,24 @@ def test_the_row_of_the_reranked_run(figures, source):
     assert next(line for line in text.splitlines() if "rerank" in line).endswith(" – |")
 
 
+def test_a_teacher_that_is_worse_than_its_student_is_named(figures):
+    work, student = Path(figures.work), figures.stages[0]
+    stages = (student, dataclasses.replace(student, name="two", teacher="reranker"))
+    taught = dataclasses.replace(figures, stages=stages, reranker=RerankerConfig(negatives="one"))
+    path, means = work / "reranker" / "metrics.json", dict.fromkeys(report.MEASURES, 0.25)
+    test = {"measure": "MRR@10", "mean_a": 0.25, "mean_b": 0.35, "p_t": 0.03}
+    write_json(path, {"means": means, "compare": {"run": str(work / "one" / "run.trec"), "tests": [test]}})
+    assert report.doubt(taught) == (
+        "warning: the cross-encoder orders the results of one worse than one did (MRR@10 -0.1000, p 0.03); two can "
+        "only lose by learning from it: train it longer, or from a stronger model")
+    assert report.doubt(dataclasses.replace(taught, stages=(student,))) is None  # nobody learns from it
+    write_json(path, {"means": means, "compare": {"run": str(work / "one" / "run.trec"),
+                                                  "tests": [{**test, "mean_b": 0.15}]}})
+    assert report.doubt(taught) is None
+    write_json(path, {"means": means})
+    assert report.doubt(taught) is None
+
+
 def test_further_splits_and_collections_have_tables_of_their_own(figures):
     work = Path(figures.work)
     for row, value in (("bm25", 0.5), ("one", 0.75)):

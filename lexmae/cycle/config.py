@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from lexmae.config import require
 
 ENGINES = ("exact", "anserini", "seismic")  # those of sparse vectors
-RERANKER = "reranker"
+RERANKER, RERANKED = "reranker", "rerank"  # the cross-encoder's folder, and the row of what it reranks
 
 
 def _require_name(name: str) -> None:
@@ -173,7 +173,7 @@ class PipelineRecipe:
         known = {"pretrain", "backbone"}  # without pre-training, it stands for the stage recipe's own weights
         trained = self._check_reranker(known)
         for stage in self.stages:
-            taken = known | {"bm25", "corpus", "shards", "zero-shot", RERANKER, "rerank"}
+            taken = known | {"bm25", "corpus", "shards", "zero-shot", RERANKER, RERANKED}
             require(stage.name not in taken, f"stages: the name '{stage.name}' is taken")
             require(stage.init in known,
                         f"stages: {stage.name} starts from '{stage.init}', which is not an earlier step")

@@ -8,10 +8,12 @@ from typing import Any
 
 from lexmae import artifact, recipe
 from lexmae.config import FinetuneRecipe, PretrainRecipe, RerankRecipe
-from lexmae.cycle.config import RERANKER, PipelineRecipe, RerankerConfig, StageConfig
+from lexmae.cycle.config import RERANKED, RERANKER, PipelineRecipe, RerankerConfig, StageConfig
 from lexmae.errors import InputError
 from lexmae.train import hardware
 
+TEACHER_MEASURED = f"{RERANKED}-evaluate"
+"""The step after which `report.doubt` knows whether the cross-encoder can teach."""
 _SPARE_HITS = 50  # retrieved beyond the depth of negatives, since judged positives are dropped
 _SPARE_PASSAGES = 500  # the same where documents are split: every passage of a judged document is dropped
 
@@ -256,9 +258,9 @@ class Plan:
                                   self._negatives(source, RERANKER))
         for target in self.targets:
             run = self._run(RERANKER, target)
-            self._add_scoring(f"rerank{target.infix}", model, target, ["--run", str(self._run(source, target))], run,
-                              reranker.rerank_depth, ["--json", str(run.with_suffix(".json"))])
-            self._add_evaluation("rerank", run, target, source)
+            self._add_scoring(f"{RERANKED}{target.infix}", model, target, ["--run", str(self._run(source, target))],
+                              run, reranker.rerank_depth, ["--json", str(run.with_suffix(".json"))])
+            self._add_evaluation(RERANKED, run, target, source)
 
     def _add_scoring(self, name: str, model: Path, target: Target, source: list[str], output: Path, depth: int,
                      more: list[str]) -> Path:

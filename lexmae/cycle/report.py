@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lexmae import artifact
-from lexmae.cycle.config import RERANKER, PipelineRecipe
+from lexmae.cycle.config import RERANKED, RERANKER, PipelineRecipe
 
 MEASURES = ("MRR@10", "nDCG@10", "Recall@100", "Recall@1000")
 _TESTED = "MRR@10"
@@ -39,7 +39,7 @@ def _folders(config: PipelineRecipe) -> dict[str, str]:
     for row, folder in (("BM25", "bm25"), *((stage.name, stage.name) for stage in config.stages)):
         found[row] = folder
         if config.reranker is not None and config.reranker.negatives == folder:
-            found["rerank"] = RERANKER
+            found[RERANKED] = RERANKER
     return found
 
 
@@ -76,6 +76,19 @@ def _measures(work: Path, path: str) -> dict[str, Any]:
     return row
 
 
+def doubt(config: PipelineRecipe) -> str | None:
+    """What to say of a cross-encoder that orders worse than what it reranks, where stages are to learn from it."""
+    taught = [stage.name for stage in config.stages if stage.teacher is not None]
+    if config.reranker is None or not taught:
+        return None
+    against = _measures(Path(config.work), f"{RERANKER}/metrics.json").get("against")
+    if against is None or against["difference"] >= 0:
+        return None
+    return (f"warning: the cross-encoder orders the results of {against['row']} worse than {against['row']} did "
+            f"({_TESTED} {against['difference']:+.4f}, p {against['p']:.2g}); {', '.join(taught)} can only lose by "
+            "learning from it: train it longer, or from a stronger model")
+
+
 def _test(row: dict[str, Any]) -> str:
     """The difference of a row, as the table shows it."""
     if "against" not in row:
@@ -108,7 +121,8 @@ def table(rows: Rows, title: str = "") -> str:
 def write(config: PipelineRecipe, seconds: dict[str, float]) -> str:
     """Write ``results.json`` and ``results.md`` into the work folder; returns the tables."""
     rows, further, work = collect(config), collect_further(config), Path(config.work)
-    text = "\n\n".join([table(rows), *(table(figures, name) for name, figures in further.items())])
+    parts = [table(rows), *(table(figures, name) for name, figures in further.items()), doubt(config)]
+    text = "\n\n".join(part for part in parts if part)
     with artifact.atomic_file(work / "results.json") as out:
         json.dump({"results": rows, "further": further, "seconds": seconds, "versions": artifact.versions()}, out,
                   indent=1)
