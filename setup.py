@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "lexmae" / "__init__.py").
 REQUIRES = [
     "torch>=2.6",
     "transformers>=5.0,<6",
-    "deepspeed>=0.18,<0.20",
+    "deepspeed>=0.19.8,<0.20",
     "datasets>=3.0",
     "pyarrow>=16",
     "numpy>=1.26",

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from lexmae.config import OptimizationConfig
@@ -53,6 +54,10 @@ def hardware(stage: int, world: int, precision: str, accumulation: str | None, o
               "steps_per_print": 10**9, "zero_optimization": {"stage": stage}}
     if precision != "fp32":
         config[precision] = {"enabled": True}
+    if precision == "fp16":
+        config[precision] |= {"initial_scale_power": 8}
+        if not torch.cuda.is_available():  # slow there, but torch can
+            get_accelerator().is_fp16_supported = lambda: True
     if offload:
         config["zero_force_ds_cpu_optimizer"] = False
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
@@ -73,7 +78,7 @@ def job(folder: Path, name: str, steps: int, stage: int, resume: str | None = No
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     engine = engines.Engine(model, hardware(stage, world, precision, accumulation, offload), OPTIMIZATION, device)
     start = checkpoint.load(engine, folder / resume).step if resume else 0
-    losses, applied = [], []
+    losses, norms, applied = [], [], []
     for step in range(start, start + steps):
         rows = data(step).split(BATCH // world)[rank]
         total = torch.zeros((), device=device)
@@ -87,13 +92,21 @@ def job(folder: Path, name: str, steps: int, stage: int, resume: str | None = No
             total += loss.detach()
             if i == 0:
                 engine.end_micro_batch()
-        applied.append(engine.step(1e-2 * (1 + step % 3)).applied)
+        report = engine.step(1e-2 * (1 + step % 3))
+        applied.append(report.applied)
+        norms.append(report.grad_norm)
         losses.append(engine.sum(total).item())
     checkpoint.save(engine, folder / name, start + steps, {"name": name}, 2, {"skipped": 0})
     exact = {key: digest(engine, folder / name / f"step-{start + steps}", key) for key in ("weight", "exp_avg_sq")}
+    with checkpoint.statefile.Reader(folder / name / f"step-{start + steps}") as reader:
+        moment = sum(reader.read(key, "exp_avg_sq").sum().item() for key, _ in engine.module.named_parameters())
+    state = engine.full_state(engine.module)
     if rank == 0:
+        low = torch.float16 if precision == "fp16" else torch.bfloat16
+        exported = all(torch.equal(value, value.to(low).float()) for value in state.values())
         with open(folder / "results.jsonl", "a", encoding="utf-8") as out:
-            out.write(json.dumps({"name": name, "start": start, "losses": losses, "applied": applied, **exact}) + "\n")
+            out.write(json.dumps({"name": name, "start": start, "losses": losses, "norms": norms, "applied": applied,
+                                  "moment": moment, "exported_low": exported, **exact}) + "\n")
     engine.barrier()
 
 

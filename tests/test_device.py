@@ -40,6 +40,14 @@ def test_equals_the_search_on_the_cpu(tmp_path, monkeypatch, name, scale):
         assert dict(found) == dict(index.search(queries, hits, 1)) and found.seconds > 0
 
 
+def test_a_posting_takes_eight_bytes(tmp_path):
+    """Which decides whether the blocks stay on the device."""
+    engines.build(vectors(300, 0, "d", 100), "exact", tmp_path / "i")
+    tiles = DeviceIndex(ExactIndex(tmp_path / "i"), "cpu")._tiles
+    postings = sum(len(terms) for _, terms, _, _ in tiles)
+    assert postings and sum(terms.nbytes + weights.nbytes for _, terms, weights, _ in tiles) == 8 * postings
+
+
 def test_refusals(tmp_path, monkeypatch):
     index = engines.build(vectors(20, 0, "d", 100), "exact", tmp_path / "i")
     with pytest.raises(InputError, match="cannot search on the device 'abacus'"):

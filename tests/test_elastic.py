@@ -13,7 +13,9 @@ from launching import ROOT, environment, free_port
 pytestmark = pytest.mark.slow
 CONFIGURATIONS = [{"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 3}, {"stage": 0, "precision": "bf16"},
                   {"stage": 1, "precision": "bf16"}, {"stage": 1, "precision": "bf16", "accumulation": "fp32"},
-                  {"stage": 3, "precision": "bf16"}, {"stage": 2, "offload": True}, {"stage": 3, "offload": True}]
+                  {"stage": 3, "precision": "bf16"}, {"stage": 2, "offload": True}, {"stage": 3, "offload": True},
+                  {"stage": 0, "precision": "fp16"}, {"stage": 2, "precision": "fp16"},
+                  {"stage": 3, "precision": "fp16"}]
 
 
 def ranks(folder: Path, world: int, jobs: list[dict]) -> dict[str, dict]:
@@ -84,6 +86,20 @@ def test_precision_may_change(work, alone):
                             {"name": "and-back", "steps": 2, "stage": 3, "resume": "to-bf16/step-6"}])
     assert found["to-bf16"]["start"] == 4 and found["and-back"]["start"] == 6
     assert found["and-back"]["losses"] == pytest.approx(alone["whole"]["losses"][6:8], rel=0.1)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_lower_precisions_have_about_the_losses_and_gradients_of_float32(work, alone, world):
+    """Whatever the loss was scaled by; and what is exported are the optimizer's float32 weights."""
+    half = [configuration for configuration in CONFIGURATIONS if "precision" in configuration]
+    found = ranks(work, world, [{"name": f"low{world}-{i}", "steps": 4, **configuration}
+                                for i, configuration in enumerate(half)])
+    for i, configuration in enumerate(half):
+        line = found[f"low{world}-{i}"]
+        assert all(line["applied"]) and not line["exported_low"], configuration
+        assert line["moment"] == pytest.approx(alone["begun"]["moment"], rel=0.05), configuration
+        for key in ("losses", "norms"):
+            assert line[key][1:] == pytest.approx(alone["begun"][key][1:], rel=0.02), (configuration, key)
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -66,6 +66,15 @@ def close(found: dict, expected: dict) -> bool:
     return changed <= 1 + len(found) // 20
 
 
+@pytest.mark.parametrize(("kind", "known", "expected"), [("cuda", True, "bf16"), ("cuda", False, "fp32"),
+                                                         ("cpu", True, "fp32")])
+def test_bf16_is_chosen_where_a_gpu_has_it(kind, known, expected, monkeypatch):
+    """torch also calls it supported where it is emulated, slower than float32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: known or including_emulation)
+    assert blocks.precision("auto", torch.device(kind)) == expected
+    assert blocks.precision("fp16", torch.device(kind)) == "fp16"
+
+
 def test_documents_are_what_the_encoder_gives_one_by_one(model_dir, shards_dir, tiny_shards, expected, tmp_path):
     encode.encode(model_dir, shards_dir, tmp_path / "v", DOCS)
     found = SparseVectors.open(tmp_path / "v", side="docs")

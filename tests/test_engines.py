@@ -10,7 +10,7 @@ import pytest
 from launching import reseal
 
 from lexmae.errors import InputError
-from lexmae.retrieval import anserini, engines, exact, kernels, segments
+from lexmae.retrieval import anserini, engines, exact, faiss_engine, kernels, segments
 from lexmae.retrieval.dense import DenseVectors
 from lexmae.retrieval.kernels import keep_best
 from lexmae.retrieval.stored import StoredVectors
@@ -329,6 +329,12 @@ def test_faiss_goes_to_gpus_where_it_finds_some(tmp_path, monkeypatch):
     for kind, expected in (("flat", 1), ("hnsw", 1), ("ivf", 2)):
         engines.build(docs, "faiss", tmp_path / kind, kind=kind).search(queries, 5)
         assert len(moved) == expected, kind
+    monkeypatch.setattr(faiss_engine, "_GPU_LARGEST", 10)
+    index = engines.build(dense_vectors(700, 12, "d"), "faiss", tmp_path / "large", kind="ivf")  # 17 clusters
+    for effort, hits, expected in ((1, 10, 3), (6, 10, 3), (1, 11, 3)):  # faiss refuses more hits or clusters than that
+        index.set_effort(effort)
+        index.search(queries, hits)
+        assert len(moved) == expected, (effort, hits)
 
 
 def test_dense_and_sparse_are_told_apart(tmp_path):

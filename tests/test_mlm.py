@@ -41,6 +41,16 @@ def test_loss_gradients_and_hits(implementation, chunks):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("most", "expected"), [(3 * 17, [3, 3, 3, 2]), (5, [1] * 11), (1 << 27, [11])])
+def test_a_large_vocabulary_has_fewer_rows_at_a_time(most, expected, monkeypatch):
+    chunks, plain = [], mlm._to_gradient
+    monkeypatch.setattr(mlm, "_to_gradient", lambda logits, target: chunks.append(len(logits)) or plain(logits, target))
+    monkeypatch.setattr(mlm, "_LOGITS", most)
+    leaves, targets = inputs()
+    cross_entropy_sum(*leaves, targets, "chunked")
+    assert chunks == expected
+
+
 def test_gradcheck(chunks):
     leaves, targets = inputs(rows=4, vocabulary=5, width=3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *x: cross_entropy_sum(*x, targets, "chunked")[0], leaves)

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from tiny_models import STRUCTURAL, batch, masked, tiny
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lexmae.config import ActiveTermsConfig, BottleneckConfig, LossConfig
 from lexmae.data.batches import PretrainBatch, RankingBatch, TextBatch
 from lexmae.data.masking import IGNORE
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.pretrainer import Pretrainer
+from lexmae.train import objectives
 from lexmae.train.objectives import PretrainObjective, RankingModel, RankingObjective
 
 LENGTHS = (12, 9, 8, 7, 5, 4)
@@ -190,6 +192,22 @@ def test_recomputation_repeats_dropout(texts):
         results.append(ranking_step(model, objective, ranking_batch(texts, 2)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     assert_same(results[0][1], results[1][1])
+
+
+def test_recomputation_names_the_batchs_device(texts, monkeypatch):
+    """torch keeps the random state of the GPUs of positional tensors alone; without it dropout would not be repeated
+    there, which a CPU does not show."""
+    positional = []
+
+    def recorded(function, *args, **kw):
+        positional.append(args)
+        return checkpoint(function, *args, **kw)
+
+    monkeypatch.setattr(objectives, "checkpoint", recorded)
+    batch = ranking_batch(texts, 2)
+    RankingModel(SparseEncoder(tiny()), recompute=True)(batch)
+    assert len(positional) == len(batch.docs) + len(batch.queries)
+    assert all(any(isinstance(value, torch.Tensor) for value in args) for args in positional)
 
 
 def reference(lm, texts, config: LossConfig, growth: float = 1.0) -> dict[str, float]:

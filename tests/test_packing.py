@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -170,12 +171,8 @@ def by_text(query, key, value, scale: float, window: int | None) -> torch.Tensor
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("form", ["padded", "nested"])
 @pytest.mark.parametrize("window", [None, 0, 3])
-def test_attention_stays_within_a_text(form, window, monkeypatch):
-    if form == "nested" and window is not None:
-        pytest.skip("nested tensors have no windows")
-    monkeypatch.setattr(attention, "choose", lambda *_: form)
+def test_attention_stays_within_a_text(window):
     packing, leaves = Packing.of(batch(0, LENGTHS)["attention_mask"]), heads(1)
     expected = by_text(*leaves, 0.4, window)
     got = attention.attend(*leaves, packing, 0.4, 0.0, window)
@@ -186,10 +183,8 @@ def test_attention_stays_within_a_text(form, window, monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["padded", "nested"])
-def test_dropout_of_attention(form, monkeypatch):
+def test_dropout_of_attention():
     """It drops weights, and what it leaves is on average what it was."""
-    monkeypatch.setattr(attention, "choose", lambda *_: form)
     packing, leaves = Packing.of(batch(0, LENGTHS)["attention_mask"]), heads(2)
     with torch.no_grad():
         expected = attention.attend(*leaves, packing)
@@ -199,39 +194,90 @@ def test_dropout_of_attention(form, monkeypatch):
 
 def test_a_cpu_pads_attention():
     query = heads(0)[0]
-    assert attention.choose(query, 0.0, None) == attention.choose(query.bfloat16(), 0.1, 4) == "padded"
+    assert attention.choose(query) == attention.choose(query.bfloat16()) == "padded"
 
 
-def test_a_form_that_fails_is_not_chosen(monkeypatch):
-    """On a CPU nested tensors give the padded values, and flash attention has no kernel."""
+@pytest.mark.parametrize(("form", "reason"), [
+    (attention._padded, None),
+    (attention._flash, "NotImplementedError"),
+    (lambda *a: 2 * attention._padded(*a), "other values"),
+    (lambda *a: attention._padded(*a[:6], None), "other values"),  # no windows
+    (lambda *a: _Forgetful.apply(*a), "other values")])
+def test_flash_attention_that_fails_is_not_chosen(form, reason, monkeypatch):
+    """On a CPU it has no kernel."""
     monkeypatch.setattr(attention, "_failed", set())
-    with pytest.warns(UserWarning, match="does without its form 'varlen' in torch.float32"):
+    monkeypatch.setitem(attention._FORMS, "flash", form)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         attention.try_out(torch.device("cpu"), 8, True, (torch.float32,))
-    assert attention._failed == {("varlen", torch.float32)}
-    monkeypatch.setitem(attention._FORMS, "nested", lambda *a: 2 * attention._padded(*a))
-    with pytest.warns(UserWarning, match="'nested' in torch.float32: other values"):
-        attention.try_out(torch.device("cpu"), 8, False, (torch.float32,))
-    assert attention._failed == {("varlen", torch.float32), ("nested", torch.float32)}
+    texts = [str(one.message) for one in caught if "flash attention" in str(one.message)]
+    assert attention._failed == (set() if reason is None else {torch.float32})
+    assert len(texts) == (reason is not None) and all(f"in torch.float32: {reason}" in text for text in texts)
+
+
+class _Forgetful(torch.autograd.Function):
+    """Attention whose backward pass drops other weights than its forward pass."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, packing, scale, dropout, window):
+        ctx.save_for_backward(query, key, value)
+        ctx.rest = packing, scale, dropout, window
+        return attention._padded(query, key, value, *ctx.rest)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            out = attention._padded(*leaves, *ctx.rest)
+        return *torch.autograd.grad(out, leaves, grad), None, None, None, None
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_operator_takes_what_it_is_given(window):
+    """Its kernel needs a GPU; shapes and gradients do not."""
+    leaves = [leaf.detach().to("meta").requires_grad_() for leaf in heads(0)]
+    packing = Packing.of(batch(0, LENGTHS)["attention_mask"])
+    packing = Packing(*(each.to("meta") for each in (packing.index, packing.starts, packing.mask)))
+    got = attention._flash(*leaves, packing, None, 0.1, window)
+    assert got.shape == leaves[0].shape
+    assert [each.shape for each in torch.autograd.grad(got.sum(), leaves)] == [leaf.shape for leaf in leaves]
 
 
 def test_the_form_for_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(attention, "_failed", set())
-    query = SimpleNamespace(dtype=torch.bfloat16, shape=(5, 2, 64), is_cuda=True, device="cuda:0")
-    assert attention.choose(query, 0.0, None) == attention.choose(query, 0.0, 4) == "varlen"
-    assert attention.choose(query, 0.1, None) == "nested" and attention.choose(query, 0.1, 4) == "padded"
-    attention._failed.add(("varlen", torch.bfloat16))
-    assert attention.choose(query, 0.0, None) == "nested" and attention.choose(query, 0.0, 4) == "padded"
+    capability = (9, 0)
+    query = SimpleNamespace(dtype=torch.bfloat16, shape=(5, 2, 64), device=torch.device("cuda", 0))
+    assert attention.choose(query) == "flash"
     for other in ({"dtype": torch.float32}, {"shape": (5, 2, 20)}, {"shape": (5, 2, 512)}):
-        assert attention.choose(SimpleNamespace(**{**vars(query), **other}), 0.0, None) == "padded"
+        assert attention.choose(SimpleNamespace(**{**vars(query), **other})) == "padded"
+    attention._failed.add(torch.float16)
+    assert attention.choose(query) == "flash"
+    attention._failed.add(torch.bfloat16)
+    assert attention.choose(query) == "padded"
+    attention._failed.clear()
+    capability = (7, 5)
+    assert attention.choose(query) == "padded"
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), 1), ((7, 5), 0)])
+def test_flash_attention_is_tried_out_where_it_would_be_chosen(capability, expected, monkeypatch):
+    tried = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "try_out", lambda *args: tried.append(args))
+    attention.use_packing(tiny())
+    assert len(tried) == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(("window", "dropout"), [(None, 0.0), (3, 0.0), (None, 1e-9)])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
 def test_flash_attention_agrees(window, dropout):
     leaves = [leaf.detach().cuda().bfloat16().requires_grad_() for leaf in heads(3)]
     packing = Packing.of(batch(0, LENGTHS)["attention_mask"].cuda())
-    assert attention.choose(leaves[0], dropout, window) == ("nested" if dropout else "varlen")
+    assert attention.choose(leaves[0]) == "flash"
     got = attention.attend(*leaves, packing, 0.4, dropout, window)
     expected = attention._padded(*leaves, packing, 0.4, 0.0, window)
     torch.testing.assert_close(got, expected, atol=3e-2, rtol=3e-2)

@@ -1,9 +1,11 @@
 """Attention among the tokens of each text of a packed batch.
 
-Three forms of one function. Flash attention reads packed texts as they are: without dropout through torch's
-`varlen_attn`, which knows windows, and with dropout through nested tensors, which do not. Both need a GPU and half
-precision. Else queries, keys and values alone are padded for the usual attention, on any device and in any precision;
-everything around it stays packed.
+Two forms of one function. Flash attention reads packed texts as they are, with dropout and windows; it needs a GPU and
+half precision. Else queries, keys and values alone are padded for the usual attention, on any device and in any
+precision; everything around it stays packed.
+
+Flash attention is the operator of torch that stands behind its `varlen_attn` and behind attention of nested tensors.
+The first of these knows no dropout, the second no windows, and both cost the host milliseconds for each layer.
 
 Backbones call it through transformers' table of attention functions, under the name `PACKED`.
 
@@ -30,14 +32,16 @@ _FLASH_SINCE = (8, 0)  # compute capability
 _FLASH_HEAD = 256  # largest D
 
 
-_failed: set[tuple[str, torch.dtype]] = set()  # what `try_out` has found not to work here
+_failed: set[torch.dtype] = set()  # in which `try_out` has found flash attention not to work here
 
 
 def use_packing(lm: PreTrainedModel) -> None:
     """Let a model compute batches without their padding, where `packing` says how."""
     if torch.cuda.is_available():
         config, gpu = lm.config, torch.device("cuda", torch.cuda.current_device())
-        try_out(gpu, config.hidden_size // config.num_attention_heads, any(windows(lm)))
+        size = config.hidden_size // config.num_attention_heads
+        if _has_flash(gpu, size):
+            try_out(gpu, size, any(windows(lm)))
     lm.set_attn_implementation(PACKED)
 
 
@@ -61,53 +65,70 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: f
         dropout: share of the weights that are dropped.
         window: a token sees others at most this far away; all of its text where it is None.
     """
-    return _FORMS[choose(query, dropout, window)](query, key, value, packing, scale, dropout, window)
+    return _FORMS[choose(query)](query, key, value, packing, scale, dropout, window)
 
 
-def choose(query: Tensor, dropout: float, window: int | None) -> str:
-    """`varlen`, `nested` or `padded`, for queries [N, A, D] on their device and in their type."""
-    fits = query.dtype in HALF and query.shape[-1] <= _FLASH_HEAD and not query.shape[-1] % 8
-    if not (query.is_cuda and fits and torch.cuda.get_device_capability(query.device) >= _FLASH_SINCE):
-        return "padded"
-    if not dropout and ("varlen", query.dtype) not in _failed:
-        return "varlen"
-    return "nested" if window is None and ("nested", query.dtype) not in _failed else "padded"
+def choose(query: Tensor) -> str:
+    """`flash` or `padded`, for queries [N, A, D] on their device and in their type."""
+    usable = query.dtype in HALF and query.dtype not in _failed
+    return "flash" if usable and _has_flash(query.device, query.shape[-1]) else "padded"
+
+
+def _has_flash(device: torch.device, size: int) -> bool:
+    """Whether torch has flash attention for heads of this size on a device."""
+    fits = size <= _FLASH_HEAD and not size % 8
+    return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= _FLASH_SINCE
 
 
 def try_out(device: torch.device, size: int, limited: bool, dtypes: tuple[torch.dtype, ...] = HALF) -> None:
-    """Compute a small batch in each form, forward and backward; a form that fails or differs is not chosen from then
-    on, and a warning says so. What is newer than torch 2.4 is missing in some installations, and kernels depend on the
-    GPU.
+    """Compute a small batch with flash attention, forward and backward; where that fails or differs it is not chosen
+    from then on, and a warning says so: its operator is not part of what torch promises, and kernels depend on the GPU.
 
     Args:
         size: of a head.
         limited: whether some layers have windows.
     """
     for dtype in dtypes:
-        for form, reaches in (("varlen", (None, 2) if limited else (None,)), ("nested", (None,))):
-            try:
-                reason = "" if all(_agrees(form, device, size, dtype, reach) for reach in reaches) else "other values"
-            except Exception as error:  # of a missing module, kernel or driver: whatever keeps it from running
-                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            if reason:
-                _failed.add((form, dtype))
-                warnings.warn(f"attention of packed texts does without its form '{form}' in {dtype}: {reason}",
-                              stacklevel=2)
+        try:
+            agree = all(_agrees(device, size, dtype, reach) for reach in ((None, 2) if limited else (None,)))
+            reason = "" if agree and _drops_alike(device, size, dtype) else "other values"
+        except Exception as error:  # of a missing operator, kernel or driver: whatever keeps it from running
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if reason:
+            _failed.add(dtype)
+            warnings.warn(f"packed texts are computed without flash attention in {dtype}: {reason}", stacklevel=2)
 
 
-def _agrees(form: str, device: torch.device, size: int, dtype: torch.dtype, window: int | None) -> bool:
-    """Whether a form gives the values and gradients of the padded one."""
+def _trial(device: torch.device, size: int, dtype: torch.dtype) -> tuple[list[Tensor], Packing]:
     generator = torch.Generator().manual_seed(0)
     packing = Packing.of((torch.arange(24) < torch.tensor([[24], [5], [17]])).to(device))
-    leaves = [torch.randn(len(packing.index), 2, size, generator=generator).to(device, dtype).requires_grad_()
-              for _ in range(3)]
+    return [torch.randn(len(packing.index), 2, size, generator=generator).to(device, dtype).requires_grad_()
+            for _ in range(3)], packing
+
+
+def _agrees(device: torch.device, size: int, dtype: torch.dtype, window: int | None) -> bool:
+    """Whether flash attention gives the values and gradients of the padded form."""
+    leaves, packing = _trial(device, size, dtype)
     results = []
     with torch.enable_grad():
-        for name in (form, "padded"):
-            out = _FORMS[name](*leaves, packing, None, 0.0, window)
+        for form in ("flash", "padded"):
+            out = _FORMS[form](*leaves, packing, None, 0.0, window)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
     return all(torch.allclose(one.float(), other.float(), atol=0.1, rtol=0.05)
                for one, other in zip(*results, strict=True))
+
+
+def _drops_alike(device: torch.device, size: int, dtype: torch.dtype) -> bool:
+    """Whether the backward pass of flash attention drops the weights that the forward pass has dropped.
+
+    Its result is linear in the values V, so that the sum of V · gradient is twice that of result², whatever is dropped.
+    """
+    leaves, packing = _trial(device, size, dtype)
+    with torch.enable_grad():
+        out = _FORMS["flash"](*leaves, packing, None, 0.5, None).float()
+        gradient, = torch.autograd.grad(out.square().sum(), leaves[2:])
+    found, expected = (leaves[2].detach().float() * gradient.float()).sum(), 2 * out.detach().square().sum()
+    return torch.allclose(found, expected, rtol=0.05)
 
 
 def windows(lm: PreTrainedModel) -> list[int | None]:
@@ -117,21 +138,12 @@ def windows(lm: PreTrainedModel) -> list[int | None]:
     return [*limited, *[None] * (lm.config.num_hidden_layers - len(limited))]
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, dropout: float,
-            window: int | None) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # newer than the oldest torch that this project takes
-
-    longest, reach = packing.mask.shape[1], -1 if window is None else window
-    return varlen_attn(query, key, value, packing.starts, packing.starts, longest, longest, scale=scale,
-                       window_size=(reach, reach))
-
-
-def _nested(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, dropout: float,
-            window: None = None) -> Tensor:
-    jagged = [torch.nested.nested_tensor_from_jagged(each.contiguous(), packing.starts.long(), min_seqlen=1,
-                                                     max_seqlen=packing.mask.shape[1]).transpose(1, 2)
-              for each in (query, key, value)]
-    return F.scaled_dot_product_attention(*jagged, dropout_p=dropout, scale=scale).transpose(1, 2).values()
+def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, dropout: float,
+           window: int | None) -> Tensor:
+    longest = packing.mask.shape[1]
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, packing.starts, packing.starts, longest, longest, dropout, False, False, scale=scale,
+        window_size_left=window, window_size_right=window)[0]
 
 
 def _padded(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, dropout: float,
@@ -146,7 +158,7 @@ def _padded(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: 
     return packing.pack(out.transpose(1, 2))
 
 
-_FORMS = {"varlen": _varlen, "nested": _nested, "padded": _padded}
+_FORMS = {"flash": _flash, "padded": _padded}
 
 
 def _layer_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,

@@ -16,6 +16,8 @@ from lexmae.model.head import choose_implementation, matmul_dtype, without_autoc
 
 ROWS = {"cpu": 256, "cuda": 4096}
 """Rows of a chunk: few for a CPU's cache, many for a GPU, enough to pay for adding up the matrix's gradient."""
+_LOGITS = 1 << 27
+"""Most logits of a chunk, about 1 GB with their copies: a vocabulary of 250,000 would take eight times that."""
 
 
 def cross_entropy_sum(
@@ -58,7 +60,7 @@ class _ChunkedLoss(torch.autograd.Function):
             gradients = [rows.new_zeros(shape, dtype=real) for shape in shapes]
         low, matrix = rows.to(dtype), weight.to(dtype)
         offset = None if bias is None else bias.to(real)
-        size = ROWS["cpu" if rows.device.type == "cpu" else "cuda"]
+        size = max(1, min(ROWS["cpu" if rows.device.type == "cpu" else "cuda"], _LOGITS // matrix.shape[0]))
         for start in range(0, rows.shape[0], size):
             chunk = slice(start, start + size)
             logits = (low[chunk] @ matrix.t()).to(real)  # [C, V]

@@ -104,7 +104,8 @@ def precision(name: str, device: torch.device) -> str:
     """A key of ``PRECISIONS``; ``auto`` is bf16 on a GPU that has it, fp32 elsewhere."""
     if name != "auto":
         return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
 
 
 def open_partial(output: Path, state: Mapping[str, Any], hosts: Hosts) -> tuple[Path, set[str]]:

@@ -34,7 +34,7 @@ class DeviceIndex:
     def __init__(self, index: ExactIndex, device: str):
         """InputError where torch does not know the device or has none of the kind."""
         self._index, self._device = index, _device(device)
-        self._tiles = []  # (row offsets, terms, weights float32, low halves of the keys int64 [D])
+        self._tiles = []  # (row offsets int32, terms int32, weights float32, low halves of the keys int64 [D])
         self._heaviest = np.max([segment.heaviest for segment in index.segments], axis=0).astype(np.int64)
         n_bytes = 8 * sum(len(segment.postings) for segment in index.segments)
         stay = self._device.type != "cuda" or n_bytes < 0.7 * torch.cuda.mem_get_info(self._device)[0]
@@ -45,7 +45,7 @@ class DeviceIndex:
                 n = len(rows.indptr) - 1
                 low = LIMIT - live[at:at + n].astype(np.int64)
                 at += n
-                tile = [torch.from_numpy(part) for part in (rows.indptr, rows.indices.astype(np.int64),
+                tile = [torch.from_numpy(part) for part in (rows.indptr.astype(np.int32), rows.indices.astype(np.int32),
                                                             rows.weights.astype(np.float32), low)]
                 self._tiles.append([part.to(self._device) for part in tile] if stay else tile)
 

@@ -32,7 +32,7 @@ _NEIGHBOURS, _BUILD_WIDTH = 32, 200  # of HNSW: links of a node, candidates whil
 _SEARCH_WIDTH = 128  # candidates while searching, at effort 1; never fewer than the hits
 _PROBED = 1 / 4  # share of IVF's clusters that are looked into, at effort 1
 _PER_CLUSTER = 39  # fewest vectors that faiss wants for each cluster
-_GPU_HITS = 2048  # most hits that faiss gives on a GPU
+_GPU_LARGEST = 2048  # hits, and clusters that are looked into, that faiss takes on a GPU
 _BATCH = 1024  # queries searched together
 
 
@@ -107,7 +107,8 @@ class FaissIndex:
         if self.kind == "ivf":
             self._index.nprobe = max(1, min(self._index.nlist, round(self._index.nlist * _PROBED * self.effort)))
         gpus = self._faiss.get_num_gpus() if hasattr(self._faiss, "index_cpu_to_all_gpus") else 0
-        if gpus == 0 or self.kind == "hnsw" or hits > _GPU_HITS:
+        most = max(hits, self._index.nprobe if self.kind == "ivf" else 0)
+        if gpus == 0 or self.kind == "hnsw" or most > _GPU_LARGEST:
             return self._index
         return self._faiss.index_cpu_to_all_gpus(self._index)
 

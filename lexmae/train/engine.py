@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lexmae import lifeline, memory
 from lexmae.config import OptimizationConfig
 from lexmae.ranks import Hosts
+from lexmae.train import fragments
 from lexmae.train.hardware import Hardware
 
 if not torch.cuda.is_available():  # before deepspeed chooses for itself
@@ -141,7 +142,7 @@ class Engine:
                  device: torch.device, hosts: Hosts | None = None):
         kind = _AdamW if hardware.zero_stage == 0 else torch.optim.AdamW  # DeepSpeed warns of what it does not know
         optimizer = kind(
-            parameter_groups(model, optimization.weight_decay), lr=optimization.lr,
+            parameter_groups(model, optimization.weight_decay), lr=0.0,  # some wrappers make an empty step at once
             betas=(optimization.beta1, optimization.beta2), eps=optimization.epsilon, fused=True)
         self.hardware, self.device, self.hosts = hardware, device, hosts
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(hardware.config),
@@ -156,6 +157,11 @@ class Engine:
         scaler = self._scaler()
         if hasattr(scaler, "raise_error_at_min_scale"):  # `health.Skips` has more to say
             scaler.raise_error_at_min_scale = False
+        # Without ZeRO, DeepSpeed divides gradients by the loss scale of fp16, and their norm is that before; whether it
+        # multiplies the loss with it depends on its version (github.com/deepspeedai/DeepSpeed/pull/8393).
+        self._scales_itself = hardware.precision == "fp16" and hardware.zero_stage == 0
+        if fragments.updates(wrapper):  # that empty step would count in AdamW's bias correction
+            fragments.set_updates(wrapper, 0.0)
         self._left = 0
 
     @property
@@ -174,7 +180,10 @@ class Engine:
         """
         with torch.no_grad():
             factor = torch.where(torch.isfinite(loss), float(self.world), torch.nan)
-        self.deepspeed.backward(loss * factor, scale_wrt_gas=False)
+        share = loss * factor
+        if self._scales_itself:
+            share.register_hook(lambda gradient: torch.full_like(gradient, self.deepspeed.optimizer.loss_scale))
+        self.deepspeed.backward(share, scale_wrt_gas=False)
 
     def expect(self, micro_batches: int) -> None:
         """Say how many micro-batches the step that begins has; the same number on every rank."""
@@ -201,10 +210,12 @@ class Engine:
         own_norm = None if hasattr(wrapper, "_global_grad_norm") else self._grad_norm()
         if own_norm is not None:
             wrapper.overflow = not bool(torch.isfinite(own_norm))
+        scaled_by = wrapper.loss_scale if self._scales_itself else 1.0
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if own_norm is None else own_norm
         scale = getattr(wrapper, "cur_scale", getattr(wrapper, "loss_scale", 1.0))
-        return StepReport(None if norm is None else float(norm), float(scale), bool(self.deepspeed.was_step_applied()))
+        return StepReport(None if norm is None else float(norm) / scaled_by, float(scale),
+                          bool(self.deepspeed.was_step_applied()))
 
     def _grad_norm(self) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
@@ -264,10 +275,11 @@ class Engine:
 
         Weights are the optimizer's float32 copies where the precision is lower, gathered where ZeRO splits them.
         """
-        state, seen = {}, {}
+        state, seen, copies = {}, {}, fragments.copies(self.deepspeed.optimizer)
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if id(parameter) not in seen:
-                full = safe_get_full_fp32_param(parameter) if _is_split(parameter) else None
+                split = _is_split(parameter)
+                full = safe_get_full_fp32_param(parameter) if split else copies.get(id(parameter))
                 full = parameter.detach() if full is None else full.detach()
                 seen[id(parameter)] = full.float().cpu().clone() if self.rank == 0 else None
             state[name] = seen[id(parameter)]

@@ -100,6 +100,14 @@ def refresh(engine: Any, read: Callable[[str], torch.Tensor]) -> None:
         kept[0].all_gather(kept)
 
 
+def copies(optimizer: Any) -> dict[int, torch.Tensor]:
+    """The whole float32 copies that ``FP16_UnfusedOptimizer`` keeps, by the id of their parameter; else empty."""
+    if not hasattr(optimizer, "fp32_groups"):
+        return {}
+    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {id(one): copy for group, kept in pairs for one, copy in zip(group, kept, strict=True)}
+
+
 def _adam(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 

@@ -6,6 +6,7 @@ loss of the step, whatever their number: means are taken over the global batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -135,9 +136,15 @@ class RankingModel(nn.Module):
         if not again:
             return self.encoder(**text.arguments())
         # Not reentrant: each parameter then accumulates once, as ZeRO's reduction needs. Under ZeRO-3 a parameter has
-        # another shape while it is split, and its hooks must see whole forward passes.
+        # another shape while it is split, and its hooks must see whole forward passes. torch restores the random state
+        # (of dropout) of those GPUs alone whose tensors are positional arguments.
         with set_checkpoint_early_stop(False):
-            return checkpoint(self.encoder, **text.arguments(), use_reentrant=False, determinism_check="none")
+            return checkpoint(functools.partial(_encode_by, self.encoder, text), text.input_ids, use_reentrant=False,
+                              determinism_check="none")
+
+
+def _encode_by(encoder: nn.Module, text: TextBatch, input_ids: torch.Tensor) -> torch.Tensor:
+    return encoder(**{**text.arguments(), "input_ids": input_ids})
 
 
 class _InOrder(torch.autograd.Function):

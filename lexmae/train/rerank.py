@@ -64,7 +64,9 @@ class Teacher:
         """Scores [Q, N] of each query's own documents, float32."""
         device = batch.doc_order.device
         self.scorer.to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        gpu = device.type == "cuda"
+        low = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.autocast(device.type, dtype=low, enabled=gpu):
             scores = [self.scorer(**pairs.arguments()).float().view(-1, pairs.n_docs) for pairs in batch.pairs]
         return torch.cat(scores)
 
