@@ -5,9 +5,9 @@ Both change the model in place, and neither what it computes nor the names of it
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -27,7 +27,11 @@ def recompute_layers(lm: PreTrainedModel) -> None:
     Not reentrant, so that each parameter accumulates once, as ZeRO's reduction needs, and whole layers again, so that
     the hooks of ZeRO-3 see them end. transformers' own switch looks for word embeddings, which a decoder has not.
     """
-    recompute = functools.partial(checkpoint, use_reentrant=False, early_stop=False, determinism_check="none")
     for module in lm.base_model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.gradient_checkpointing, module._gradient_checkpointing_func = True, recompute
+            module.gradient_checkpointing, module._gradient_checkpointing_func = True, _recomputed
+
+
+def _recomputed(layer: Any, *inputs: Any) -> Any:
+    with set_checkpoint_early_stop(False):
+        return checkpoint(layer, *inputs, use_reentrant=False, determinism_check="none")
