@@ -46,6 +46,7 @@ class Campaign:
         self.failures: list[str] = []
         for path in (self.folder, self.scratch):
             path.mkdir()
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # what is verified here is of no use to the user
         commands.load()
         made = run(lambda: commands.inputs(self.folder), self.scratch)
         if made.code:
