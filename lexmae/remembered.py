@@ -63,9 +63,12 @@ def keep(folder: str | Path, files: Mapping[str, str], before: Mapping[str, Stat
             now = _state(Path(folder) / name)
             if name in files and now == (old._replace(changed=now.changed) if linked else old):
                 good[name] = [files[name], *now]
-    if good:
-        with contextlib.suppress(OSError, RuntimeError):
-            _write(_record(folder), {"path": os.path.realpath(folder), "files": good})
+    with contextlib.suppress(OSError, RuntimeError):
+        record = _record(folder)
+        if good:
+            _write(record, {"path": os.path.realpath(folder), "files": good})
+        else:
+            record.unlink()
 
 
 def unchanged(folder: str | Path, files: Mapping[str, str]) -> dict[str, State]:

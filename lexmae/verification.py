@@ -121,18 +121,22 @@ def _check(manifest: artifact.Manifest, level: str) -> None:
 
 
 def _check_content(manifest: artifact.Manifest, verified: dict[str, remembered.State]) -> None:
-    """Verify the checksums of all files but those that are ``verified`` already, and remember that."""
+    """Verify the checksums of all files but those that are ``verified`` already; remember those that are right."""
     folder, names = manifest.path, [name for name in manifest.files if name not in verified]
     total = sum((folder / name).stat().st_size for name in names)
     if total > _LARGE:
         say(f"{folder}: verifying checksums of {total / 1e9:.1f} GB")
     before, noted = remembered.settled(folder, names), time.monotonic()
-    for name in names:
-        artifact.verify_file(manifest, name)
-        verified[name] = before[name]
-        if name == names[-1] or time.monotonic() - noted > _NOTE:
+    try:
+        for name in names:
+            artifact.verify_file(manifest, name)
+            verified[name] = before[name]
+            if time.monotonic() - noted > _NOTE:
+                remembered.keep(folder, manifest.files, verified)
+                noted = time.monotonic()
+    finally:
+        if names:  # also where one is wrong: what was remembered of it no longer holds
             remembered.keep(folder, manifest.files, verified)
-            noted = time.monotonic()
 
 
 def _check_manifest(file: Path) -> None:

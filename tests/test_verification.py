@@ -204,6 +204,38 @@ def test_first_use_verifies_checksums_and_later_ones_do_not(made, kind, read):
     assert read == [file.name]
 
 
+def test_what_full_finds_is_not_forgotten(made, monkeypatch):
+    """A disk has lost a bit: the file's state is as it was."""
+    path, reader = made["vectors"]
+    flip(path / LARGEST["vectors"], (path / LARGEST["vectors"]).stat().st_size // 2)
+    files = artifact.read(path).files
+    remembered.keep(path, files, remembered.settled(path, files))
+    reader(path)
+    monkeypatch.setenv(verification.VARIABLE, "full")
+    refused(reader, path, LARGEST["vectors"], "does not have the checksum that the manifest gives")
+    monkeypatch.setenv(verification.VARIABLE, "fast")
+    another_process()
+    refused(reader, path, LARGEST["vectors"], "does not have the checksum that the manifest gives")
+
+
+def test_a_command_that_is_stopped_has_not_read_in_vain(tmp_path, made, monkeypatch):
+    path, reader = made["index"]
+    shutil.copytree(path, tmp_path / "copy")
+    count, checksum, read = len(artifact.read(path).files), artifact.checksum, []
+
+    def interrupted(file: Path) -> str:
+        read.append(file)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return checksum(file)
+
+    monkeypatch.setattr(artifact, "checksum", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reader(tmp_path / "copy")
+    reader(tmp_path / "copy")
+    assert len(read) == count + 1
+
+
 def test_what_is_written_here_is_verified(tmp_path, made, read):
     path, reader = made["index"]
     SparseVectors(["c"], np.array([0, 1]), np.array([1], np.int32), np.array([7], np.uint16), ["x", "y"],
