@@ -175,7 +175,7 @@ def another_process() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_use_verifies_checksums_and_later_ones_do_not(made, kind, read):
-    """Of a copy with a flipped bit behind a header, of the copy repaired, and of a file changed later."""
+    """Of a copy with a flipped bit behind a header, of a good one, and of a file changed later."""
     path, reader = made[kind]
     shutil.copytree(path, path.with_name("copy"))
     path, file = path.with_name("copy"), path.with_name("copy") / LARGEST[kind]
@@ -185,7 +185,9 @@ def test_first_use_verifies_checksums_and_later_ones_do_not(made, kind, read):
     for _ in range(2):
         another_process()
         refused(reader, path, LARGEST[kind], "does not have the checksum that the manifest gives")
-    file.write_bytes(whole)
+        assert read[-1] == file.name
+    shutil.rmtree(path)
+    shutil.copytree(made[kind][0], path)
     read.clear()
     reader(path)
     assert sorted(read) == sorted(Path(name).name for name in artifact.read(path).files)
@@ -206,16 +208,16 @@ def test_first_use_verifies_checksums_and_later_ones_do_not(made, kind, read):
 
 def test_what_full_finds_is_not_forgotten(made, monkeypatch):
     """A disk has lost a bit: the file's state is as it was."""
-    path, reader = made["vectors"]
-    flip(path / LARGEST["vectors"], (path / LARGEST["vectors"]).stat().st_size // 2)
+    path, reader = made["negatives"]
+    flip(path / LARGEST["negatives"], -4)
     files = artifact.read(path).files
     remembered.keep(path, files, remembered.settled(path, files))
     reader(path)
     monkeypatch.setenv(verification.VARIABLE, "full")
-    refused(reader, path, LARGEST["vectors"], "does not have the checksum that the manifest gives")
+    refused(reader, path, LARGEST["negatives"], "does not have the checksum that the manifest gives")
     monkeypatch.setenv(verification.VARIABLE, "fast")
     another_process()
-    refused(reader, path, LARGEST["vectors"], "does not have the checksum that the manifest gives")
+    refused(reader, path, LARGEST["negatives"], "does not have the checksum that the manifest gives")
 
 
 def test_a_command_that_is_stopped_has_not_read_in_vain(tmp_path, made, monkeypatch):
