@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lexmae import __version__, locks
+from lexmae import __version__, locks, remembered
 from lexmae.errors import InputError
 from lexmae.renaming import fsync, replace_directory
 
@@ -40,12 +40,14 @@ class Draft:
         counts: numbers of what it holds, for the manifest.
         extra: further facts for the manifest (JSON values).
         known: checksums of files taken over unread from a finished artifact, by name.
+        verified: of those that are hard links to files that were verified there, their states then.
     """
 
     path: Path
     counts: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     known: dict[str, str] = field(default_factory=dict)
+    verified: dict[str, remembered.State] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,11 @@ def refuse_existing(path: Path, overwrite: bool = False) -> None:
 
 def seal(draft: Draft, path: str | Path, kind: str, *, inputs: Mapping[str, str | Path] | None = None,
          config: Mapping[str, Any] | None = None) -> Manifest:
-    """Write the manifest of ``draft``, flush everything to disk and give it its final name."""
+    """Write the manifest of ``draft``, flush everything to disk, give it its final name; remember it as verified."""
     path = Path(path)
     names = {str(p.relative_to(draft.path)): p for p in sorted(draft.path.rglob("*"))
              if p.is_file() and p.name != MANIFEST}
+    before = draft.verified | remembered.settled(draft.path, names.keys() - draft.known.keys())
     files = {name: draft.known.get(name) or checksum(p) for name, p in names.items()}
     record = {"lexmae": __version__, "format": FORMAT, "kind": kind, "inputs": _describe_inputs(inputs or {}),
               "config": dict(config or {}), "counts": draft.counts, "extra": draft.extra, "files": files,
@@ -151,6 +154,7 @@ def seal(draft: Draft, path: str | Path, kind: str, *, inputs: Mapping[str, str 
     for file in [*files, MANIFEST]:
         fsync(draft.path / file)
     replace_directory(draft.path, path)
+    remembered.keep(path, files, before, linked=True)
     return read(path, kind)
 
 
@@ -182,12 +186,17 @@ def read(path: str | Path, kind: str | None = None) -> Manifest:
 def verify(path: str | Path) -> None:
     """Recompute every checksum of the artifact; InputError names the first file that differs or is missing."""
     manifest = read(path)
-    for name, expected in manifest.files.items():
-        file = inside(manifest.path, name)
-        if not file.is_file():
-            raise InputError("is listed in the manifest but missing", file)
-        if checksum(file) != expected:
-            raise InputError("does not have the checksum that the manifest gives; it was changed or damaged", file)
+    for name in manifest.files:
+        verify_file(manifest, name)
+
+
+def verify_file(manifest: Manifest, name: str) -> None:
+    """Recompute the checksum of a file of the artifact; InputError where it differs or the file is missing."""
+    file = inside(manifest.path, name)
+    if not file.is_file():
+        raise InputError("is listed in the manifest but missing", file)
+    if checksum(file) != manifest.files[name]:
+        raise InputError("does not have the checksum that the manifest gives; it was changed or damaged", file)
 
 
 def annotate(path: str | Path, extra: Mapping[str, Any], documentation: Mapping[str, str]) -> None:
@@ -204,15 +213,18 @@ def annotate(path: str | Path, extra: Mapping[str, Any], documentation: Mapping[
         read(path)
         record = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         record["extra"].update(extra)
+        before = remembered.unchanged(path, record["files"])
         for name, text in documentation.items():
             if name not in DOCUMENTATION:
                 raise ValueError(f"{name} is content, not documentation")
             with atomic_file(path / name) as out:
                 out.write(text)
-            record["files"][name] = checksum(path / name)
+        before |= remembered.settled(path, documentation)
+        record["files"].update((name, checksum(path / name)) for name in documentation)
         record["sizes"] = {name: (path / name).stat().st_size for name in record["files"]}
         with atomic_file(path / MANIFEST) as out:
             out.write(signed(record))
+        remembered.keep(path, record["files"], before)
 
 
 def signed(record: Mapping[str, Any]) -> str:

@@ -2,12 +2,14 @@
 
 | level | what is checked before an artifact is used |
 |---|---|
-| ``full`` | as ``fast``, and the checksum of every file; of shards also that every token id is in the vocabulary |
-| ``fast`` (default) | the manifest's own checksum; that every file is there, of its size, with a header of its kind |
+| ``full`` | as ``fast``, but the checksum of every file, always; of shards also that token ids are in the vocabulary |
+| ``fast`` (default) | the manifest's own checksum; that every file is there, of its size, with a header of its kind; |
+| | the checksum of every file that is new to this user on this machine, or has changed since it was verified |
 | ``off`` | nothing |
 
-A file of the right size whose content was changed behind its header is seen by ``full`` alone. Of the ranks of a host
-the first one checks; the others wait for it where the run begins.
+So what was copied or edited is read in full once, by the first command that uses it; what was written here has been
+verified by its writer (``remembered``). A disk that loses bits leaves sizes and times as they are: after the first use
+``full`` alone sees that. Of the ranks of a host the first one checks; the others wait for it where the run begins.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import argparse
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lexmae import artifact
+from lexmae import artifact, remembered
 from lexmae.checked import check_header
 from lexmae.cli import say
 from lexmae.errors import InputError
@@ -29,6 +32,7 @@ VARIABLE = "LEXMAE_VERIFY"
 _DATA = (".arrow", ".npy")  # readers find these by their names
 _LARGE = 1 << 30  # bytes; worth a line
 _TRIES = 5  # an artifact may be replaced while it is checked
+_NOTE = 5.0  # seconds of reading that may be lost: a command that is stopped has not read in vain
 
 _known: dict[tuple[str, str], tuple] = {}
 
@@ -43,8 +47,8 @@ class _Choice(argparse.Action):
 def add_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--verify`` to a command."""
     parser.add_argument("--verify", choices=LEVELS, action=_Choice, dest=argparse.SUPPRESS, default=argparse.SUPPRESS,
-                        help=f"what is checked of inputs: checksums (full), sizes and headers (fast), nothing (off); "
-                             f"fast unless {VARIABLE} says otherwise")
+                        help=f"what is checked of inputs: all checksums (full), those of files that are new here or "
+                             f"have changed (fast), nothing (off); fast unless {VARIABLE} says otherwise")
 
 
 def level() -> str:
@@ -90,7 +94,7 @@ def verify(path: str | Path, level: str = "full") -> artifact.Manifest:
         try:
             _check(manifest, level)
             return manifest
-        except InputError:
+        except (InputError, FileNotFoundError):
             if not left or artifact.read(path) == manifest:  # else another version took its place meanwhile
                 raise
     raise AssertionError("not reached")
@@ -113,11 +117,26 @@ def _check(manifest: artifact.Manifest, level: str) -> None:
     for file in folder.rglob("*"):
         if file.suffix in _DATA and file.relative_to(folder).as_posix() not in manifest.files:
             raise InputError("is not listed in the manifest; it does not belong to this folder", file)
-    if level == "full":
-        total = sum((folder / name).stat().st_size for name in manifest.files)
-        if total > _LARGE:
-            say(f"{folder}: verifying checksums of {total / 1e9:.1f} GB")
-        artifact.verify(folder)
+    _check_content(manifest, {} if level == "full" else remembered.unchanged(folder, manifest.files))
+
+
+def _check_content(manifest: artifact.Manifest, verified: dict[str, remembered.State]) -> None:
+    """Verify the checksums of all files but those that are ``verified`` already; remember those that are right."""
+    folder, names = manifest.path, [name for name in manifest.files if name not in verified]
+    total = sum((folder / name).stat().st_size for name in names)
+    if total > _LARGE:
+        say(f"{folder}: verifying checksums of {total / 1e9:.1f} GB")
+    before, noted = remembered.settled(folder, names), time.monotonic()
+    try:
+        for name in names:
+            artifact.verify_file(manifest, name)
+            verified[name] = before[name]
+            if time.monotonic() - noted > _NOTE:
+                remembered.keep(folder, manifest.files, verified)
+                noted = time.monotonic()
+    finally:
+        if names:  # also where one is wrong: what was remembered of it no longer holds
+            remembered.keep(folder, manifest.files, verified)
 
 
 def _check_manifest(file: Path) -> None:
@@ -139,5 +158,5 @@ def _state(folder: Path) -> tuple:
     for file in sorted(folder.rglob("*")):
         with contextlib.suppress(FileNotFoundError):
             status = file.stat()
-            found.append((str(file), status.st_size, status.st_mtime_ns, status.st_ino))
+            found.append((str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
     return tuple(found)

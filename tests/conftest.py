@@ -6,6 +6,7 @@ query with a character that the tokenizer has never seen, judgements of 0, queri
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,15 @@ def judgements() -> dict[str, dict[str, dict[str, int]]]:
     train["t7"] = dict(train["t8"])
     train["t9"] = {"d40": 0}
     return {"train": train, "dev": {f"v{i}": {f"d{4 * i}": 1} for i in range(5)}}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own, for their subprocesses too: they remember nothing in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """The import law and the house rules, held by reading the source.
 
-    base        errors, renaming, memory, cli, config, recipe, artifact, checked, locks, verification, ranks, lifeline,
-                cluster, cluster_probe
+    base        errors, renaming, memory, cli, config, recipe, artifact, checked, locks, remembered, verification,
+                ranks, lifeline, cluster, cluster_probe
     data, model base; not each other
     train, retrieval   base, data, model; not each other
     cycle       base and train.hardware
@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lexmae"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 COMMANDS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")])
-BASE = {"errors", "renaming", "memory", "cli", "config", "recipe", "artifact", "checked", "locks", "verification",
-        "ranks", "lifeline", "cluster", "cluster_probe"}
+BASE = {"errors", "renaming", "memory", "cli", "config", "recipe", "artifact", "checked", "locks", "remembered",
+        "verification", "ranks", "lifeline", "cluster", "cluster_probe"}
 LAYERS = {"data": {"data"}, "model": {"model"}, "train": {"data", "model", "train"},
           "retrieval": {"data", "model", "retrieval"}, "cycle": {"cycle"},
           "demo": {"data", "model", "retrieval", "demo"}}
@@ -42,8 +42,8 @@ FENCES = {
     "seismic": {"lexmae/retrieval/seismic.py"},
     "matplotlib": {"lexmae/retrieval/plots.py"},
 }
-WITHOUT_TORCH = """errors cli locks verification config config.checks config.ranking recipe artifact data.corpus
-    data.qrels data.negatives data.builtin data.prepare
+WITHOUT_TORCH = """errors cli locks remembered verification config config.checks config.ranking recipe artifact
+    data.corpus data.qrels data.negatives data.builtin data.prepare
     data.subset data.shards data.tokens data.tokenizer data.masking data.randomness data.draws retrieval.vectors
     retrieval.export retrieval.engines retrieval.exact retrieval.kernels retrieval.segments retrieval.stored
     retrieval.updates retrieval.anserini retrieval.runs retrieval.metrics
@@ -93,8 +93,8 @@ def test_each_layer_imports_only_what_stands_above_it():
 
 
 def test_the_base_does_not_import_in_a_circle():
-    order = ["errors", "renaming", "memory", "checked", "cli", "locks", "artifact", "verification", "config", "recipe",
-             "ranks", "lifeline", "cluster", "cluster_probe"]
+    order = ["errors", "renaming", "memory", "checked", "cli", "locks", "remembered", "artifact", "verification",
+             "config", "recipe", "ranks", "lifeline", "cluster", "cluster_probe"]
     for path in SOURCES:
         own = path.relative_to(PACKAGE).with_suffix("").as_posix()
         if own in BASE:

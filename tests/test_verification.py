@@ -13,14 +13,14 @@ import pyarrow as pa
 import pytest
 from launching import reseal, run
 
-from lexmae import artifact, cli, verification
+from lexmae import artifact, cli, remembered, verification
 from lexmae.config import NegativesConfig
 from lexmae.data import draws
 from lexmae.data.draws import NegativeLists
 from lexmae.data.negatives import write_negatives
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
-from lexmae.retrieval import engines
+from lexmae.retrieval import engines, updates
 from lexmae.retrieval.dense import DenseVectors
 from lexmae.retrieval.vectors import SparseVectors
 
@@ -160,10 +160,197 @@ def test_an_artifact_is_checked_once_in_a_process_unless_it_changes(made, monkey
     assert len(read) == 4
 
 
+@pytest.fixture
+def read(monkeypatch) -> list[str]:
+    """The names of the files whose checksums are computed."""
+    names, checksum = [], artifact.checksum
+    monkeypatch.setattr(artifact, "checksum", lambda file: names.append(Path(file).name) or checksum(file))
+    return names
+
+
+def another_process() -> None:
+    """What this one has checked is forgotten; what the user has verified is not."""
+    verification._known.clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_use_verifies_checksums_and_later_ones_do_not(made, kind, read):
+    """Of a copy with a flipped bit behind a header, of a good one, and of a file changed later."""
+    path, reader = made[kind]
+    shutil.copytree(path, path.with_name("copy"))
+    path, file = path.with_name("copy"), path.with_name("copy") / LARGEST[kind]
+    whole = file.read_bytes()
+    at = {"model": -1, "dense": -4, "negatives": -4, "index": -4}.get(kind, len(whole) // 2)
+    flip(file, at)
+    for _ in range(2):
+        another_process()
+        refused(reader, path, LARGEST[kind], "does not have the checksum that the manifest gives")
+        assert read[-1] == file.name
+    shutil.rmtree(path)
+    shutil.copytree(made[kind][0], path)
+    read.clear()
+    reader(path)
+    assert sorted(read) == sorted(Path(name).name for name in artifact.read(path).files)
+    read.clear()
+    another_process()
+    reader(path)
+    assert read == []
+    status = file.stat()
+    flip(file, at)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # as tools do that keep times
+    refused(reader, path, LARGEST[kind], "does not have the checksum that the manifest gives")
+    assert read == [file.name]
+    file.write_bytes(whole)
+    read.clear()
+    reader(path)
+    assert read == [file.name]
+
+
+def test_what_full_finds_is_not_forgotten(made, monkeypatch):
+    """A disk has lost a bit: the file's state is as it was."""
+    path, reader = made["negatives"]
+    flip(path / LARGEST["negatives"], -4)
+    files = artifact.read(path).files
+    remembered.keep(path, files, remembered.settled(path, files))
+    reader(path)
+    monkeypatch.setenv(verification.VARIABLE, "full")
+    refused(reader, path, LARGEST["negatives"], "does not have the checksum that the manifest gives")
+    monkeypatch.setenv(verification.VARIABLE, "fast")
+    another_process()
+    refused(reader, path, LARGEST["negatives"], "does not have the checksum that the manifest gives")
+
+
+def test_a_command_that_is_stopped_has_not_read_in_vain(tmp_path, made, monkeypatch):
+    path, reader = made["index"]
+    shutil.copytree(path, tmp_path / "copy")
+    count, checksum, read = len(artifact.read(path).files), artifact.checksum, []
+
+    def interrupted(file: Path) -> str:
+        read.append(file)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return checksum(file)
+
+    monkeypatch.setattr(artifact, "checksum", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reader(tmp_path / "copy")
+    reader(tmp_path / "copy")
+    assert len(read) == count + 1
+
+
+def test_what_is_written_here_is_verified(tmp_path, made, read):
+    path, reader = made["index"]
+    SparseVectors(["c"], np.array([0, 1]), np.array([1], np.int32), np.array([7], np.uint16), ["x", "y"],
+                  {"side": "docs"}).save(tmp_path / "more")
+    (tmp_path / "gone").write_text("a\n")
+    for change in (lambda: updates.add(path, tmp_path / "more"), lambda: updates.delete(path, tmp_path / "gone")):
+        change()
+        read.clear()
+        another_process()
+        reader(path)
+        assert read == []
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError):
+        reader(path)
+    reader(tmp_path / "elsewhere")  # of another name, it is another artifact
+    assert len(read) == len(artifact.read(tmp_path / "elsewhere").files)
+
+
+def test_links_to_unverified_files_are_not_verified(tmp_path, made, monkeypatch):
+    """An update with ``--verify off`` takes over what was damaged before."""
+    path, reader = made["index"]
+    flip(path / LARGEST["index"], -4)
+    (tmp_path / "gone").write_text("a\n")
+    monkeypatch.setenv(verification.VARIABLE, "off")
+    updates.delete(path, tmp_path / "gone")
+    monkeypatch.setenv(verification.VARIABLE, "fast")
+    refused(reader, path, LARGEST["index"], "does not have the checksum that the manifest gives")
+
+
+def test_what_is_said_later_keeps_what_is_verified(tmp_path, read):
+    with artifact.create(tmp_path / "x", "vectors") as draft:
+        (draft.path / "y").write_text("content")
+    artifact.annotate(tmp_path / "x", {}, {"README.md": "text"})
+    read.clear()
+    verification.opened(tmp_path / "x")
+    assert read == []
+    (tmp_path / "x" / "README.md").write_text("TEXT")
+    with pytest.raises(InputError, match="README.md: does not have the checksum"):
+        verification.opened(tmp_path / "x")
+
+
+@pytest.mark.parametrize("cache", ["a file", "no home", "nonsense", "other path"])
+def test_without_a_usable_cache_every_process_verifies(tmp_path, cache, made, read, monkeypatch):
+    path, reader = made["vectors"]
+    if cache == "a file":
+        (tmp_path / "cache").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    elif cache == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    else:
+        monkeypatch.setattr(remembered, "_write", lambda file, record: None)
+        record = remembered._record(path)
+        record.write_text("[" * 100_000 if cache == "nonsense" else record.read_text().replace("vectors", "victors"))
+    for _ in range(2):
+        another_process()
+        read.clear()
+        reader(path), reader(path)
+        assert len(read) == 2
+
+
+def test_records_are_few_and_unread_ones_go_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "LIMIT", 3)
+    for name in "abcde":
+        with artifact.create(tmp_path / name, "vectors") as draft:
+            (draft.path / "y").write_text(name)
+        assert remembered.unchanged(tmp_path / "a", artifact.read(tmp_path / "a").files)
+    assert len(list((tmp_path / "cache" / "lexmae" / "verified").iterdir())) == 3
+    found = {name for name in "abcde" if remembered.unchanged(tmp_path / name, artifact.read(tmp_path / name).files)}
+    assert found == {"a", "d", "e"}
+
+
+def test_a_change_right_after_writing_is_seen(tmp_path):
+    """Even within a step of the file system's clock."""
+    for number in range(20):
+        with artifact.create(tmp_path / f"{number}", "vectors") as draft:
+            (draft.path / "y").write_text("a")
+        (tmp_path / f"{number}" / "y").write_text("b")
+        with pytest.raises(InputError, match="does not have the checksum"):
+            verification.opened(tmp_path / f"{number}")
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text("a")
+    monkeypatch.setattr(remembered.time, "sleep", lambda seconds: None)
+    before = remembered.settled(tmp_path, ["x"])
+    (tmp_path / "x").write_text("ab")
+    remembered.keep(tmp_path, {"x": "0"}, before)
+    assert remembered.unchanged(tmp_path, {"x": "0"}) == {}
+
+
+def test_a_link_and_its_target_are_one_artifact(tmp_path, made, read):
+    path, reader = made["vectors"]
+    (tmp_path / "link").symlink_to(path)
+    another_process()
+    read.clear()
+    reader(tmp_path / "link")
+    assert read == []
+
+
+def test_machines_with_one_home_have_records_of_their_own(made, read, monkeypatch):
+    path, reader = made["vectors"]
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    another_process()
+    read.clear()
+    reader(path)
+    assert len(read) == 2
+
+
 def test_one_rank_of_a_host_checks(made, monkeypatch):
     path, reader = made["negatives"]
     flip(path / LARGEST["negatives"], -4)
-    monkeypatch.setenv(verification.VARIABLE, "full")
     monkeypatch.setenv("RANK", "3")
     reader(path)
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -211,5 +398,5 @@ def test_commands_name_the_file(made, tmp_path, command):
     file = tmp_path / kind / LARGEST[kind]
     flip(file, -4 if kind in ("index", "model") else file.stat().st_size // 2)
     named = [str(tmp_path / part) if part in (*KINDS, "o") else part for part in command]
-    error, = run([*named, "--verify", "full"], code=2).splitlines()[-1:]
+    error, = run(named, code=2).splitlines()[-1:]
     assert error == f"error: {file}: does not have the checksum that the manifest gives; it was changed or damaged"

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lexmae import artifact, locks, verification
+from lexmae import artifact, locks, remembered, verification
 from lexmae.data.lines import read_lines
 from lexmae.errors import InputError
 from lexmae.retrieval import segments
@@ -135,6 +135,7 @@ def _revision(manifest: artifact.Manifest, keep: Callable[[str], bool], *, input
     with artifact.create(manifest.path, KIND, inputs=inputs, config=manifest.config, overwrite=True) as draft:
         draft.counts.update(manifest.counts)
         draft.extra.update({**manifest.extra, "history": history})
+        verified = remembered.unchanged(manifest.path, manifest.files)
         for name, digest in manifest.files.items():
             if not keep(name):
                 continue
@@ -142,6 +143,7 @@ def _revision(manifest: artifact.Manifest, keep: Callable[[str], bool], *, input
             target.parent.mkdir(exist_ok=True)
             try:
                 os.link(manifest.path / name, target)
+                draft.verified.update({name: verified[name]} if name in verified else {})
             except OSError:  # a file system without hard links
                 shutil.copy2(manifest.path / name, target)
             draft.known[name] = digest

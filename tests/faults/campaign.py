@@ -46,6 +46,7 @@ class Campaign:
         self.failures: list[str] = []
         for path in (self.folder, self.scratch):
             path.mkdir()
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # what is verified here is of no use to the user
         commands.load()
         made = run(lambda: commands.inputs(self.folder), self.scratch)
         if made.code:
@@ -169,7 +170,7 @@ class Campaign:
     # --------------------------------------------------------------------------------------------------- corruptions
 
     def corrupt(self, kind: str, source: Path, job: Callable[[Path, Path], str], rounds: int) -> Counter:
-        """Damage copies of an artifact; ``full`` must name the file, and what ``fast`` does is counted."""
+        """Damage copies of an artifact; ``full`` must name the file, and ``fast`` refuse it on this first use."""
         counts, damaged, output = Counter(), self.scratch / "damaged" / source.name, self.scratch / "read"
         good = self._read(job, source, output, "off")
         if good.code:
@@ -194,6 +195,8 @@ class Campaign:
             seen = self._read(job, damaged, output, "fast")
             how = {0: "same" if seen.code == 0 and result(output) == expected else "other", 2: "refused"}
             counts[f"fast {how.get(seen.code, 'error')}"] += 1
+            if seen.code != 2:
+                self.fail(counts, f"{told}: not refused on first use", seen)
         return counts
 
     def _read(self, job: Callable[[Path, Path], object], source: Path, output: Path, level: str) -> Outcome:
