@@ -39,7 +39,7 @@ LAMBDA_DOCS, LAMBDA_QUERIES, LR = 0.002, 0.0015, 1e-7
 
 def main() -> None:
     """One step of each side to warm up, compared, then timed in turn."""
-    args = common.make_parser(__doc__, batch=2, negatives=15, chunk=32).parse_args()
+    args = common.training_parser(__doc__, batch=2, negatives=15, chunk=32).parse_args()
     if find_spec("accelerate") is None:
         raise SystemExit("the trainer of sentence-transformers needs accelerate: pip install accelerate")
     with tempfile.TemporaryDirectory() as name:

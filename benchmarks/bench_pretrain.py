@@ -59,7 +59,7 @@ class Usual(nn.Module):
 
 def main() -> None:
     """Compare losses, then time the sides in turn."""
-    parser = common.make_parser(__doc__, batch=8, steps=1)
+    parser = common.training_parser(__doc__, batch=8, steps=1)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -51,11 +51,17 @@ def make_parser(description: str | None, **defaults: int) -> argparse.ArgumentPa
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn; default 3")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16, both sides")
-    parser.add_argument("--padded", action="store_true", help="lexmae trains with padding: `model.packing: off`")
     parser.add_argument("--json", metavar="NAME", nargs="?", const=Path(sys.argv[0]).stem,
                         help="write the record to results/NAME.json, or to a path; without NAME the script's")
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
+    return parser
+
+
+def training_parser(description: str | None, **defaults: int) -> argparse.ArgumentParser:
+    """That of the benchmarks that train."""
+    parser = make_parser(description, **defaults)
+    parser.add_argument("--padded", action="store_true", help="lexmae trains with padding: `model.packing: off`")
     return parser
 
 

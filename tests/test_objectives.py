@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from lexmae.config import ActiveTermsConfig, BottleneckConfig, LossConfig
 from lexmae.data.batches import PretrainBatch, RankingBatch, TextBatch
 from lexmae.data.masking import IGNORE
+from lexmae.model import layers
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.pretrainer import Pretrainer
-from lexmae.train import objectives
 from lexmae.train.objectives import PretrainObjective, RankingModel, RankingObjective
 
 LENGTHS = (12, 9, 8, 7, 5, 4)
@@ -203,7 +203,7 @@ def test_recomputation_names_the_batchs_device(texts, monkeypatch):
         positional.append(args)
         return checkpoint(function, *args, **kw)
 
-    monkeypatch.setattr(objectives, "checkpoint", recorded)
+    monkeypatch.setattr(layers, "checkpoint", recorded)
     batch = ranking_batch(texts, 2)
     RankingModel(SparseEncoder(tiny()), recompute=True)(batch)
     assert len(positional) == len(batch.docs) + len(batch.queries)

@@ -5,6 +5,7 @@ Both change the model in place, and neither what it computes nor the names of it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -24,14 +25,22 @@ def compile_layers(lm: PreTrainedModel, backend: str = "inductor") -> None:
 def recompute_layers(lm: PreTrainedModel) -> None:
     """Keep the input of each layer alone in training, and compute the layer again in the backward pass.
 
-    Not reentrant, so that each parameter accumulates once, as ZeRO's reduction needs, and whole layers again, so that
-    the hooks of ZeRO-3 see them end. transformers' own switch looks for word embeddings, which a decoder has not.
+    transformers' own switch looks for word embeddings, which a decoder has not.
     """
     for module in lm.base_model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.gradient_checkpointing, module._gradient_checkpointing_func = True, _recomputed
+            module.gradient_checkpointing, module._gradient_checkpointing_func = True, recomputed
 
 
-def _recomputed(layer: Any, *inputs: Any) -> Any:
+def recomputed(compute: Callable[..., Any], *inputs: Any) -> Any:
+    """What ``compute(*inputs)`` gives; of its activations the inputs alone are kept until the backward pass.
+
+    Not reentrant, so that each parameter accumulates once, as ZeRO's reduction needs, and as a whole again, so that the
+    hooks of ZeRO-3, where a parameter has another shape while it is split, see modules end.
+
+    Args:
+        inputs: a tensor among them: torch restores the random state (of dropout) of those GPUs alone whose tensors are
+            positional arguments.
+    """
     with set_checkpoint_early_stop(False):
-        return checkpoint(layer, *inputs, use_reentrant=False, determinism_check="none")
+        return checkpoint(compute, *inputs, use_reentrant=False, determinism_check="none")

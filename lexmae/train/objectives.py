@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lexmae.config import BottleneckConfig, LossConfig
 from lexmae.data.batches import PretrainBatch, RankingBatch, TextBatch
 from lexmae.model import lexicon
+from lexmae.model.layers import recomputed
 from lexmae.train import losses
 from lexmae.train.sparsity import Lambdas
 
@@ -135,12 +135,7 @@ class RankingModel(nn.Module):
     def _encode(self, text: TextBatch, again: bool) -> torch.Tensor:
         if not again:
             return self.encoder(**text.arguments())
-        # Not reentrant: each parameter then accumulates once, as ZeRO's reduction needs. Under ZeRO-3 a parameter has
-        # another shape while it is split, and its hooks must see whole forward passes. torch restores the random state
-        # (of dropout) of those GPUs alone whose tensors are positional arguments.
-        with set_checkpoint_early_stop(False):
-            return checkpoint(functools.partial(_encode_by, self.encoder, text), text.input_ids, use_reentrant=False,
-                              determinism_check="none")
+        return recomputed(functools.partial(_encode_by, self.encoder, text), text.input_ids)
 
 
 def _encode_by(encoder: nn.Module, text: TextBatch, input_ids: torch.Tensor) -> torch.Tensor:
