@@ -42,6 +42,37 @@ def test_freed_blocks_are_used_again(monkeypatch):
     assert not kept and faults > 0
 
 
+GROWN = """
+import numpy as np
+from lexmae import memory
+memory.keep_freed_blocks()
+def take(mebibytes):
+    np.ones(mebibytes << 17)
+    return memory._held() >> 20
+take(200)
+memory.tidy()  # this is what a step needs
+before = take(250)
+memory.tidy()
+little = memory._held() >> 20
+most = take(1000)
+memory.tidy()
+after = memory._held() >> 20
+memory.tidy()  # what a step needs now
+print(before, little, most, after, take(30), flush=True)
+memory.tidy()
+print(memory._held() >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_what_has_grown_beyond_use_is_given_back():
+    done = subprocess.run([sys.executable, "-c", GROWN], capture_output=True, text=True, check=True)
+    before, little, most, after, need, last = map(int, done.stdout.split())
+    assert little == pytest.approx(before, abs=5) and before > 250, "half as much again is kept"
+    assert most > 1000 and after < 100 and after + 25 <= need <= after + 35
+    assert last < after + 10, "more than half as much again"
+
+
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("musl", "1.2"))
     assert memory.keep_freed_blocks() is False

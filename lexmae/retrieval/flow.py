@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lexmae import memory
 from lexmae.data.batches import pinned, prefetch
 
 AHEAD, BEHIND = 4, 8
@@ -78,6 +79,7 @@ def run(job: Job, blocks: Sequence[int], device: torch.device, dtype: torch.dtyp
                 while len(waiting) > fetch.behind:
                     writer.put(fetch.start(job, waiting.pop(0)))
                 done(len(batches[number]))
+                memory.tidy()
             if not batches:  # nothing to compute, but a part to write
                 waiting = _all(job, fetch, writer, waiting)
                 writer.put(_Parcel(block, batches, -1, (), None))

@@ -212,6 +212,7 @@ class Engine:
             wrapper.overflow = not bool(torch.isfinite(own_norm))
         scaled_by = wrapper.loss_scale if self._scales_itself else 1.0
         self.deepspeed.step()
+        memory.tidy()
         norm = self.deepspeed.get_global_grad_norm() if own_norm is None else own_norm
         scale = getattr(wrapper, "cur_scale", getattr(wrapper, "loss_scale", 1.0))
         return StepReport(None if norm is None else float(norm) / scaled_by, float(scale),
