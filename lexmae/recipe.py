@@ -193,7 +193,9 @@ def _convert(hint: Any, value: Any, where: tuple, path: Path, lines: Mapping, fa
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _convert(next(a for a in arguments if a is not types.NoneType), value, where, path, lines, fail, None)
+        fitting = [a for a in arguments if (typing.get_origin(a) is tuple) == isinstance(value, (list, tuple))]
+        chosen = next(a for a in (*fitting, *arguments) if a is not types.NoneType)
+        return _convert(chosen, value, where, path, lines, fail, None)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             fail("a list is needed", where)

@@ -143,6 +143,39 @@ def test_a_file_of_negatives(folder):
     assert Path("n.jsonl") in steps["one"].inputs
 
 
+def test_several_sources_of_negatives(folder):
+    (folder / "n.jsonl").write_text("x")
+    write(folder / "several.yaml", negatives={"per_query": 4, "sources": [
+        {"path": "-", "share": 3.0, "depth": 30}, {"path": "-"}, {"path": "-", "skip": 5}]})
+    three = StageConfig("three", "several.yaml", negatives=("one", "bm25", "n.jsonl"), mine_depth=700)
+    steps = plan(folder, pipeline(ONE, three))
+    given = ["work/one/negatives.jsonl", "work/bm25/negatives.jsonl", "n.jsonl"]
+    assert [settings(steps["three"])[f"negatives.sources.{i}.path"] for i in range(3)] == given
+    assert "negatives.path" not in settings(steps["three"])
+    assert set(map(Path, given)) <= set(steps["three"].inputs)
+    learned = steps["three"].settings["negatives"]["sources"]
+    assert [(source["path"], source["share"], source["skip"], source["depth"]) for source in learned] == [
+        (given[0], 3.0, 0, 30), (given[1], 1.0, 0, 1000), (given[2], 1.0, 5, 1000)]
+    assert {option(steps[f"{name}-negatives"], "--depth") for name in ("bm25", "one")} == {"700"}
+
+
+@pytest.mark.parametrize("recipe, sources, reason", [
+    ("stage.yaml", ("bm25", "one"), "negatives.sources: 2 are needed, one for each of bm25, one of stage three"),
+    ("several.yaml", ("bm25",), "negatives.sources: 1 are needed, .*, and there are 2"),
+    ("several.yaml", "bm25", "path or sources: only one of the two"),
+])
+def test_sources_that_a_recipe_does_not_have_are_refused(folder, recipe, sources, reason):
+    write(folder / "several.yaml", negatives={"sources": [{"path": "-"}, {"path": "-"}]})
+    with pytest.raises(InputError, match=f"{recipe}.*{reason}"):
+        plan(folder, pipeline(ONE, StageConfig("three", recipe, negatives=sources)))
+
+
+@pytest.mark.parametrize("sources, reason", [((), "at least one"), (("bm25", "bm25"), "named once")])
+def test_sources_of_a_stage_are_some_and_different(sources, reason):
+    with pytest.raises(InputError, match=f"negatives: .*{reason}"):
+        StageConfig("one", "stage.yaml", negatives=sources)
+
+
 def test_two_stages_mined_from_one_share_the_longer_list(folder):
     three = StageConfig("three", "stage.yaml", negatives="one", mine_depth=60)
     steps = plan(folder, pipeline(ONE, TWO, three))
@@ -219,6 +252,18 @@ def test_a_reranker_is_trained_reranks_and_teaches(reranking):
     assert option(scores, "--split") == "train" and scores.trains and scores.resumes
     assert settings(steps["three"])["negatives.path"] == option(scores, "--output") == "work/reranker/two.jsonl"
     assert settings(steps["two"])["negatives.path"] == "work/one/negatives.jsonl"
+
+
+def test_a_reranker_scores_every_source(reranking):
+    folder = reranking
+    (folder / "n.jsonl").write_text("x")
+    write(folder / "several.yaml", negatives={"sources": [{"path": "-"}] * 3}, loss={"distillation": "kl"})
+    taught = StageConfig("taught", "several.yaml", negatives=("bm25", "one", "n.jsonl"), teacher="reranker")
+    steps = plan(folder, pipeline(ONE, taught, reranker=RerankerConfig(negatives="bm25")))
+    assert [option(steps[f"{name}-scores"], "--negatives") for name in ("bm25", "one", "taught-2")] == [
+        "work/bm25/negatives.jsonl", "work/one/negatives.jsonl", "n.jsonl"]
+    assert [settings(steps["taught"])[f"negatives.sources.{i}.path"] for i in range(3)] == [
+        f"work/reranker/{name}.jsonl" for name in ("bm25", "one", "taught-2")]
 
 
 def test_a_reranker_on_negatives_of_bm25(reranking):

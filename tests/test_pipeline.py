@@ -23,12 +23,15 @@ def write_recipes(folder: Path, collection: Path) -> None:
     hardware = {"deepspeed": "ds_configs/fp32_zero1.json", "data": "-", "output": "-"}
     optimization = {"lr": 1e-3, "batch": 4, "steps": 3}
     stages = [{"name": "stage1", "recipe": "stage.yaml", "negatives": "bm25", "mine_depth": 5},
-              {"name": "stage2", "recipe": "stage.yaml", "init": "stage1", "negatives": "stage1", "mine_depth": 5}]
+              {"name": "stage2", "recipe": "stage2.yaml", "init": "stage1", "negatives": ["stage1", "bm25"],
+               "mine_depth": 5}]
     files = {
         "pipeline": {"input": str(collection), "work": str(folder / "work"), "stages": stages,
                      "prepare": {"train_tokenizer": 140, "max_length": 28, "query_length": 10}},
         "pretrain": {**hardware, "model": TINY, "optimization": optimization},
         "stage": {**hardware, "negatives": {"per_query": 2, "depth": 5}, "optimization": optimization},
+        "stage2": {**hardware, "negatives": {"per_query": 2, "sources": [{"path": "-"}, {"path": "-", "share": 2}]},
+                   "optimization": optimization},
     }
     for name, content in files.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -60,7 +63,7 @@ def test_long_documents_go_through_the_cycle(long_dir, tmp_path):
     pipeline = yaml.safe_load((tmp_path / "pipeline.yaml").read_text(encoding="utf-8"))
     pipeline |= {"pretrain": None, "evaluation": {"hits": 20}}
     pipeline["prepare"] |= {"split_documents": True, "stride": 11}
-    pipeline["stages"][1] |= {"recipe": "second.yaml"}
+    pipeline["stages"][1] |= {"recipe": "second.yaml", "negatives": "stage1"}
     stage = yaml.safe_load((tmp_path / "stage.yaml").read_text(encoding="utf-8"))
     (tmp_path / "stage.yaml").write_text(yaml.safe_dump({**stage, "model": TINY}), encoding="utf-8")
     (tmp_path / "second.yaml").write_text(yaml.safe_dump({**stage, "passages": "all"}), encoding="utf-8")

@@ -45,22 +45,30 @@ class StageConfig:
         recipe: recipe file, relative to the pipeline's.
         init: ``pretrain``, the name of an earlier stage, or ``backbone``: the pipeline's backbone, without
             pre-training.
-        negatives: ``bm25``, the name of an earlier stage, or a file of negatives.
-        mine_depth: depth of the list of negatives that is mined for it.
+        negatives: ``bm25``, the name of an earlier stage, or a file of negatives; or several of them, in the order of
+            the recipe's ``negatives.sources``, whose paths they are.
+        mine_depth: depth of the lists of negatives that are mined for it.
         teacher: ``reranker``: its negatives carry the scores of the pipeline's cross-encoder.
     """
 
     name: str
     recipe: str
     init: str = "pretrain"
-    negatives: str = "bm25"
+    negatives: str | tuple[str, ...] = "bm25"
     mine_depth: int = 512
     teacher: str | None = None
 
     def __post_init__(self):
         _require_name(self.name)
+        require(bool(self.negatives), "negatives: at least one source is needed")
+        require(len(set(self.sources)) == len(self.sources), "negatives: a source is named once")
         require(self.mine_depth >= 1, "mine_depth: at least 1 is needed")
         require(self.teacher in (None, RERANKER), f"teacher: '{RERANKER}', or none")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All that ``negatives`` names."""
+        return (self.negatives,) if isinstance(self.negatives, str) else self.negatives
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,11 @@ class RerankerConfig:
     def __post_init__(self):
         for name in ("mine_depth", "score_depth", "rerank_depth"):
             require(getattr(self, name) >= 1, f"{name}: at least 1 is needed")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """As of a stage: one."""
+        return (self.negatives,)
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ class Plan:
                 "--run-output", str(run), "--json", str(run.with_name(f"bm25{target.file}.json"))],
                 run, [target.text, target.shards])
             self._add_evaluation("bm25", run, target)
-        depths = [user.mine_depth for user in self._mined if user.negatives == "bm25"]
+        depths = [user.mine_depth for user in self._mined if "bm25" in user.sources]
         if depths:
             split = evaluation.train_split
             self._add("bm25-negatives", [
@@ -223,7 +223,7 @@ class Plan:
             return path
         split = self._training.split
         name, folder = f"{source}-{split}", self.work / source
-        depth = max(other.mine_depth for other in self._mined if other.negatives == source)
+        depth = max(other.mine_depth for other in self._mined if source in other.sources)
         vectors = self._add_encode(f"{name}-encode", source, "queries", self._training)
         passages = self.config.prepare.split_documents  # the hard ones are passages, not documents
         run = self._add_search(f"{name}-search", vectors, folder / "index", folder / f"{split}.trec",
@@ -240,14 +240,27 @@ class Plan:
         return str(self.work / name / "model")
 
     def _add_ranking(self, name: str, script: str, kind: type, user: StageConfig | RerankerConfig,
-                     negatives: Path) -> Path:
+                     negatives: list[Path]) -> Path:
         """Training on judgements and negatives."""
-        overrides = {"negatives.path": str(negatives), "split": self.config.evaluation.train_split}
+        if isinstance(user.negatives, str):
+            overrides = {"negatives.path": str(negatives[0])}
+        else:
+            self._check_sources(name, kind, user)
+            overrides = {f"negatives.sources.{i}.path": str(path) for i, path in enumerate(negatives)}
+        overrides["split"] = self.config.evaluation.train_split
         init = self._init(user.init)
         if init:
             overrides["model.init"] = init
         return self._add_training(name, script, self.folder / user.recipe, kind, overrides,
-                                  [negatives, *([Path(init)] if init and init != self.config.backbone else [])])
+                                  [*negatives, *([Path(init)] if init and init != self.config.backbone else [])])
+
+    def _check_sources(self, name: str, kind: type, user: StageConfig | RerankerConfig) -> None:
+        """Refuse a recipe whose sources, with their shares and ranks, are not as many as those that the stage names."""
+        file = self.folder / user.recipe
+        found = len(recipe.load(file, kind).negatives.sources)
+        if found != len(user.sources):
+            raise InputError(f"negatives.sources: {len(user.sources)} are needed, one for each of "
+                             f"{', '.join(user.sources)} of stage {name}, and there are {found}", file)
 
     def _add_reranker(self, source: str) -> None:
         """The cross-encoder, where it is trained behind ``source``, and that step's run reranked by it."""
@@ -255,7 +268,7 @@ class Plan:
         if reranker is None or reranker.negatives != source:
             return
         model = self._add_ranking(RERANKER, "launch/rerank.py", RerankRecipe, reranker,
-                                  self._negatives(source, RERANKER))
+                                  [self._negatives(source, RERANKER)])
         for target in self.targets:
             run = self._run(RERANKER, target)
             self._add_scoring(f"{RERANKED}{target.infix}", model, target, ["--run", str(self._run(source, target))],
@@ -269,17 +282,20 @@ class Plan:
                                 *self._batch_tokens, *more],
                          output, [model, target.shards, Path(source[1])], trains=True, resumes=True)
 
-    def _taught(self, stage: StageConfig, negatives: Path) -> Path:
-        """The negatives of a stage with the scores of its teacher, where it has one."""
+    def _taught(self, stage: StageConfig, position: int) -> Path:
+        """One source of a stage's negatives, with the scores of its teacher where it has one."""
+        source = stage.sources[position]
+        negatives = self._negatives(source, stage.name)
         if stage.teacher is None:
             return negatives
-        source = stage.negatives if stage.negatives in ("bm25", *self._stages_done) else stage.name
+        if source not in ("bm25", *self._stages_done):  # a file
+            source = f"{stage.name}-{position}" if position else stage.name
         folder = self.work / RERANKER
         return self._add_scoring(f"{source}-scores", folder / "model", self._training, ["--negatives", str(negatives)],
                                  folder / f"{source}.jsonl", self.config.reranker.score_depth, [])
 
     def _add_stage(self, stage: StageConfig) -> None:
-        negatives = self._taught(stage, self._negatives(stage.negatives, stage.name))
+        negatives = [self._taught(stage, position) for position in range(len(stage.sources))]
         self._add_ranking(stage.name, "launch/finetune.py", FinetuneRecipe, stage, negatives)
         for target in self.targets:
             self._add_measuring(stage.name, target)
