@@ -97,7 +97,7 @@ def _files(name: str, folder: Path, read: Callable[[], object], *files: str) -> 
 def _texts(folder: Path) -> list[Target]:
     folder.mkdir(parents=True)
     run = b"q1 Q0 d1 1 2.5 tag\nq1 Q0 d2 2 1e-3 tag\nq2\tQ0\td1\t1\t7\ttag\n"
-    own = b'{"qid": "q1", "negatives": ["d1", "d2"], "scores": [1.5, 2], "positives": {"d3": 4}}\n'
+    own = b'{"qid": "q1", "negatives": ["d1", "d2"], "scores": [1.5, 2], "positives": {"d3": 4}, "passages": ["d3"]}\n'
     systems = b'{"qid": 1, "pos": [3], "neg": {"bm25": [1, {"pid": 2, "ce-score": 0.5}], "x": [2, 4]}}\n'
     table = {"q1": ["d1", "d2"], "q2": [("d3", 0.5)]}
     pickled = [pickle.dumps(table, protocol) for protocol in (0, 2, 4)]

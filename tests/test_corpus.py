@@ -325,7 +325,8 @@ def negatives(path: Path, text: str) -> list:
 
 
 def test_negatives_own_format_reads_back(tmp_path):
-    rows = [("q1", ["a", "b"], [1.5, -2.0], {"p": 3.0}), ("q2", [], None, None), ("q3", ["c"], None, None)]
+    rows = [("q1", ["a", "b"], [1.5, -2.0], {"p": 3.0}, None), ("q2", [], None, None, None),
+            ("q3", ["c"], None, None, ["p#1"])]
     c.write_negatives(tmp_path / "n.jsonl", rows)
     assert list(c.read_negatives(tmp_path / "n.jsonl")) == rows
     with pytest.raises(ValueError, match="2 negatives but 1 scores"):
@@ -340,18 +341,27 @@ def test_scores_of_positives_are_checked(tmp_path, positives):
     assert "n.jsonl:1: " in error(c.read_negatives, path)
 
 
+@pytest.mark.parametrize("passages", ["p#1", [None], [""], {"p": "p#1"}])
+def test_best_passages_are_checked(tmp_path, passages):
+    path = tmp_path / "n.jsonl"
+    path.write_text(json.dumps({"qid": "q", "negatives": ["a"], "passages": passages}))
+    assert "n.jsonl:1: " in error(c.read_negatives, path)
+
+
 def test_negatives_of_ms_marco(tmp_path):
     assert negatives(tmp_path / "train.negatives.tsv", "1\t5,6\n2\t7\n") == [
-        ("1", ["5", "6"], None, None),
-        ("2", ["7"], None, None),
+        ("1", ["5", "6"], None, None, None),
+        ("2", ["7"], None, None, None),
     ]
     text = "1\t5\tq\tp\n2\t6\tq\tp\n1\t4\tq\tp\n"
-    assert negatives(tmp_path / "top1000.dev", text) == [("1", ["5", "4"], None, None), ("2", ["6"], None, None)]
+    assert negatives(tmp_path / "top1000.dev", text) == [
+        ("1", ["5", "4"], None, None, None), ("2", ["6"], None, None, None)]
 
 
 def test_negatives_of_a_run_are_ordered_by_score_then_id(tmp_path):
     text = "1 Q0 c 3 1.0 t\n2 Q0 z 1 9 t\n1 Q0 b 2 2e0 t\n1 Q0 a 1 1.0 t\n"
-    assert negatives(tmp_path / "run.trec", text) == [("1", ["b", "a", "c"], None, None), ("2", ["z"], None, None)]
+    assert negatives(tmp_path / "run.trec", text) == [
+        ("1", ["b", "a", "c"], None, None, None), ("2", ["z"], None, None, None)]
 
 
 def test_negatives_of_sentence_transformers(tmp_path):
@@ -359,14 +369,15 @@ def test_negatives_of_sentence_transformers(tmp_path):
     scored = {"qid": 2, "pos": [], "neg": {"x": [{"pid": 3, "ce-score": 0.5}, {"pid": 4, "ce-score": -1}]}}
     path = tmp_path / "msmarco-hard-negatives.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, (plain, scored))).encode()))
-    assert list(c.read_negatives(path)) == [("1", ["5", "7", "6"], None, None), ("2", ["3", "4"], [0.5, -1.0], None)]
+    assert list(c.read_negatives(path)) == [
+        ("1", ["5", "7", "6"], None, None, None), ("2", ["3", "4"], [0.5, -1.0], None, None)]
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_negatives_pickle(tmp_path, protocol):
     path = tmp_path / "qid2negatives.pkl"
     path.write_bytes(pickle.dumps({1: [5, "6"], "2": [(7, 0.5)], 3: {"8": 1.0}}, protocol))
-    rows = [("1", ["5", "6"], None, None), ("2", ["7"], None, None), ("3", ["8"], None, None)]
+    rows = [("1", ["5", "6"], None, None, None), ("2", ["7"], None, None, None), ("3", ["8"], None, None, None)]
     assert list(c.read_negatives(path)) == rows
 
 

@@ -30,9 +30,9 @@ def test_by_hand():
     run = Run.from_pairs({"q1": [("a", 4), ("b", 3), ("c", 2), ("d", 1)], "q2": [("a", 1)], "other": [("a", 1)]})
     qrels = {"q2": {"a": 1}, "q1": {"a": 1, "c": 2, "b": 0, "z": 1}, "q3": {"a": 1}, "q4": {"a": 0}}
     counts = Statistics()
-    assert list(mine_run(run, qrels, 2, counts)) == [("q1", ["b", "d"], None, None)]
+    assert list(mine_run(run, qrels, 2, counts)) == [("q1", ["b", "d"], None, None, None)]
     assert counts == Statistics(queries=1, negatives=2, dropped_positives=3, without_negatives=2, unjudged=1)
-    assert list(mine_run(run, qrels, 1)) == [("q1", ["b"], None, None)]
+    assert list(mine_run(run, qrels, 1)) == [("q1", ["b"], None, None, None)]
     with pytest.raises(InputError, match="at least 1"):
         list(mine_run(run, qrels, 0))
 
@@ -98,11 +98,11 @@ def test_command_mines_a_run(tmp_path):
     arguments = ["--run", str(tmp_path / "r"), "--qrels", str(tmp_path / "q.tsv"),
                  "--output", str(tmp_path / "n.jsonl")]
     command("mine")(arguments)
-    assert list(read_negatives(tmp_path / "n.jsonl")) == [("q", ["a", "c"], None, None)]
+    assert list(read_negatives(tmp_path / "n.jsonl")) == [("q", ["a", "c"], None, None, None)]
     with pytest.raises(InputError, match="already exists"):
         command("mine")(arguments)
     command("mine")([*arguments, "--overwrite", "--depth", "1"])
-    assert list(read_negatives(tmp_path / "n.jsonl")) == [("q", ["a"], None, None)]
+    assert list(read_negatives(tmp_path / "n.jsonl")) == [("q", ["a"], None, None, None)]
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [

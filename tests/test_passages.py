@@ -12,12 +12,12 @@ from conftest import LONG_LENGTH, LONG_STRIDE
 from test_shards import FAMILIES, TEXTS, TITLES, split_rows
 
 from lexmae import artifact
-from lexmae.config import NegativesConfig
+from lexmae.config import NegativesConfig, NegativeSource
 from lexmae.data import draws, passages
 from lexmae.data import tokenizer as tok
 from lexmae.data.batches import RankingData
 from lexmae.data.corpus import Passage, Query, write_beir
-from lexmae.data.negatives import write_negatives
+from lexmae.data.negatives import Row, write_negatives
 from lexmae.data.randomness import KeyedRandom
 from lexmae.data.shards import Shards, prepare
 from lexmae.errors import InputError
@@ -213,6 +213,42 @@ def test_positives_are_first_or_all_passages(long_shards, tmp_path, which):
     assert judged == [name for name in long_shards.docs.ids() if name.startswith("D4#")]  # all, in either case
 
 
+def with_best(shards, folder, sources: list[list[Row]], name="lists") -> draws.NegativeLists:
+    files = [folder / f"{name}-{i}.jsonl" for i in range(len(sources))]
+    for file, rows in zip(files, sources, strict=True):
+        write_negatives(file, rows)
+    config = NegativesConfig(sources=tuple(NegativeSource(str(file)) for file in files))
+    draws.build(shards, "train", config, folder / name, "best")
+    return draws.NegativeLists(folder / name)
+
+
+def test_the_best_ranked_passage_stands_for_a_positive(long_shards, tmp_path, capsys):
+    """The first source that notes one decides; a document of which none does is its first passage."""
+    near = [Row("t0", ["D9#1", "D4"], passages=["D1#2", "D2#1"]), Row("t1", ["D5"])]  # D2 is not judged
+    far = [Row("t0", ["D6"], passages=["D1#1"]), Row("t2", ["D6"], passages=["D8#1"])]
+    lists = with_best(long_shards, tmp_path, [near, far])
+    queries = long_shards.queries("train").ids()
+    pairs = {(queries[q], long_shards.docs.id(d)) for q, d in lists.judged_pairs().tolist()}
+    assert pairs == {("t0", "D0#0"), ("t0", "D1#2"), ("t1", "D4#0"), ("t2", "D8#1")}
+    assert "2 of 4 positives are their best ranked passage" in capsys.readouterr().err
+    drawn = lists.draw(np.array([queries.index("t0")]), 40, KeyedRandom(1, np.arange(1)), 8)[0]
+    assert set(named(long_shards, drawn)) == {"D9#1", "D4#0", "D6#0"}  # documents by their first
+
+
+def test_a_teachers_score_of_a_document_is_that_of_its_best_passage(long_shards, tmp_path):
+    row = Row("t1", ["D9#1"], [0.5], {"D4": 2.5}, ["D4#1"])
+    lists = with_best(long_shards, tmp_path, [[row]])
+    at = [long_shards.docs.id(d) for _, d in lists.judged_pairs().tolist()].index("D4#1")
+    assert lists.pair_scores()[at] == 2.5
+
+
+def test_best_passages_that_nothing_notes_or_nobody_knows_are_refused(long_shards, tmp_path):
+    with pytest.raises(InputError, match="lists-0.jsonl: passages: 'best' needs .* tools/mine.py --passages"):
+        with_best(long_shards, tmp_path, [[Row("t1", ["D5"])]])
+    with pytest.raises(InputError, match="D4#99"):
+        with_best(long_shards, tmp_path, [[Row("t1", ["D5"], passages=["D4#99"])]], "other")
+
+
 @pytest.mark.parametrize("which", ["first", "all"])
 def test_no_passage_of_a_judged_document_is_a_negative(long_shards, tmp_path, which):
     lists = build(long_shards, tmp_path, {"t0": ["D1", "D1#2", "D9#1", "D0", "D4"], "t1": ["D4#1", "D2"]}, which)
@@ -244,9 +280,9 @@ def test_mining_a_run_of_passages():
     run = Run.from_pairs({"q1": [("D1#3", 9), ("D2#0", 8), ("D1#0", 7), ("D3#1", 6), ("D2#4", 5)]})
     counts = Statistics()
     (row,) = mine_run(run, {"q1": {"D1": 1, "D3": 0}}, 2, counts, passages=True)
-    assert row.negatives == ["D2#0", "D3#1"] and counts.dropped_positives == 2
+    assert row.negatives == ["D2#0", "D3#1"] and counts.dropped_positives == 2 and row.passages == ["D1#3"]
     (row,) = mine_run(run, {"q1": {"D1": 1}}, 9)  # a collection whose own ids look like that
-    assert row.negatives[0] == "D1#3"
+    assert row.negatives[0] == "D1#3" and row.passages is None
 
 
 # ------------------------------------------------------------------------------------------------------ search

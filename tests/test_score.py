@@ -178,7 +178,8 @@ def test_a_split_document_scores_as_its_best_passage(long_shards, tmp_path):
     table = docs.table.ids()
     passages = {name: [p for p in table if p.startswith(f"{name}#")] for name in docs.ids(np.arange(len(docs)))}
     assert len(passages["D4"]) > 3
-    write_negatives(tmp_path / "n", [Row("t0", [*passages["D4"], "D4", "D2", *passages["D2"]]), Row("t2", ["D4"])])
+    write_negatives(tmp_path / "n", [Row("t0", [*passages["D4"], "D4", "D2", *passages["D2"]]),
+                                    Row("t2", ["D4"], passages=["D8#1"])])
     score.score(reranker, long_shards.path, tmp_path / "s", TRAIN, negatives=tmp_path / "n")
     first, second = read_negatives(tmp_path / "s")
     found = dict(zip(first.negatives, first.scores, strict=True))
@@ -186,6 +187,7 @@ def test_a_split_document_scores_as_its_best_passage(long_shards, tmp_path):
         assert found[name] == pytest.approx(max(found[p] for p in passages[name]), abs=1e-4)
     assert len({round(found[p], 3) for p in passages["D4"]}) > 3 and second.scores[0] != found["D4"]
     assert first.positives.keys() == {"D0", "D1"} and second.positives.keys() == {"D8"}
+    assert first.passages is None and second.passages == ["D8#1"]
 
 
 # ------------------------------------------------------------------------------------------------------- stopping

@@ -63,7 +63,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=engines.default_threads(), help="threads of the search")
     parser.add_argument("--exclude-self", action="store_true", help="leave out documents that bear the query's id")
     parser.add_argument("--passages", action="store_true", help="the run ranks passages of split documents: leave out "
-                                                                "every passage of a judged document")
+                                                                "every passage of a judged document, and note the "
+                                                                "best of each")
     parser.add_argument("--json", metavar="FILE", help="write BM25's figures, replacing an older file")
     parser.add_argument("--overwrite", action="store_true", help="replace finished outputs")
     verification.add_option(parser)

@@ -19,7 +19,7 @@ __all__ = ["ARCHITECTURES", "ActiveTermsConfig", "BottleneckConfig", "FinetuneRe
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert")
 DECODER_MASKS = ("inclusive", "exclusive", "random")
-PASSAGES = ("first", "all")
+PASSAGES = ("first", "all", "best")
 PACKINGS = ("auto", "on", "off")
 QUERY_ENCODERS = ("shared", "static")
 BOTTLENECKS = ("logits", "saturated", "cls", "off")
@@ -239,7 +239,8 @@ class FinetuneRecipe:
     Attributes:
         split: queries and judgements to train on.
         passages: which passages of a document stand for it, where the shards split documents: the ``first`` or
-            ``all``, as positives and as negatives named by their document.
+            ``all``, as positives and as negatives named by their document; ``best``: as ``first``, but of a positive
+            the passage that the model whose ranking was mined puts first.
     """
 
     data: str

@@ -46,21 +46,26 @@ def build(shards: Shards, split: str, config: NegativesConfig, output: str | Pat
 
     Args:
         config: the sources, their depths, and the filters of false negatives.
-        passages: which passages stand for a document where documents are split: the ``first``, or ``all``.
+        passages: which passages stand for a document where documents are split: the ``first``, ``all``, or ``best``:
+            the first, but of a positive the passage that a source notes as its best ranked one (the first that does).
         distil: train on the pairs alone whose positive and negatives all have a teacher's score.
 
     Raises:
         InputError: the split has no judgements, a source names an unknown document or none of the queries, or there
-            are no scores where a filter or distillation needs them.
+            are no scores where a filter or distillation needs them, or no best passages.
     """
+    best = shards.split_documents and passages == "best"
+    stand_in = "first" if passages == "best" else passages
     positives = _positives(shards, split, "all")
-    trained = _positives(shards, split, passages)
+    trained = _positives(shards, split, stand_in)
     teacher = [np.full(len(rows), np.nan, np.float32) for rows in trained]
     row_of = {identifier: row for row, identifier in enumerate(shards.queries(split).ids())}
+    if best:
+        _take_best(config, shards, row_of, trained)
     sources = []
     for source in config.lists:
         read = _Source(source, [_NO_ROWS] * len(row_of), [_NO_SCORES] * len(row_of))
-        _fill(read, config, shards, passages, row_of, positives, trained, teacher)
+        _fill(read, config, shards, stand_in, row_of, positives, trained, teacher)
         _check(read, config, positives, distil, split)
         sources.append(read)
     judged = sum(len(rows) > 0 for rows in positives)
@@ -98,6 +103,26 @@ def _positives(shards: Shards, split: str, passages: str) -> list[np.ndarray]:
     return found
 
 
+def _take_best(config: NegativesConfig, shards: Shards, row_of: Mapping[str, int], trained: list[np.ndarray]) -> None:
+    """Put the best ranked passages that the sources note in place of the first passages of positives, in place."""
+    documents = [shards.documents.documents_of(rows) for rows in trained]
+    taken = [np.zeros(len(rows), bool) for rows in trained]
+    for source in config.lists:
+        for found in read_negatives(source.path):
+            query = row_of.get(found.qid)
+            if query is None or not found.passages:
+                continue
+            rows = shards.documents.rows_named(found.passages, "first").astype(np.int32)
+            for row, document in zip(rows, shards.documents.documents_of(rows), strict=True):
+                here = (documents[query] == document) & ~taken[query]
+                trained[query][here], taken[query][here] = row, True
+    changed, judged = sum(int(known.sum()) for known in taken), sum(map(len, trained))
+    if not changed:
+        raise InputError("passages: 'best' needs the best ranked passages of positives, and no file of negatives has "
+                         "any; tools/mine.py --passages notes them", config.lists[0].path if config.lists else None)
+    say(f"{changed} of {judged} positives are their best ranked passage, the others their first")
+
+
 def _fill(source: _Source, config: NegativesConfig, shards: Shards, passages: str, row_of: Mapping[str, int],
           positives: list[np.ndarray], trained: list[np.ndarray], teacher: list[np.ndarray]) -> None:
     """Read one source: its ranks from ``skip`` to ``depth``, judged positives not counted, without what is filtered."""
@@ -114,7 +139,7 @@ def _fill(source: _Source, config: NegativesConfig, shards: Shards, passages: st
                 raise InputError(f"query {found.qid!r}: scores of documents that are split, or named twice, belong to "
                                  "no single passage", source.config.path)
             scores = np.asarray(found.scores[:len(names)], np.float32)
-        _learn_positives(found, shards, passages, trained[query], teacher[query])
+        _learn_positives(found, shards, trained[query], teacher[query])
         other = ~np.isin(rows, positives[query])
         source.counts["positives"] += int((~other).sum())
         rows, scores = rows[other][skip:depth].astype(np.int32), scores[other][skip:depth]
@@ -123,11 +148,11 @@ def _fill(source: _Source, config: NegativesConfig, shards: Shards, passages: st
         source.counts["kept"] += int(keep.sum())
 
 
-def _learn_positives(found: Row, shards: Shards, passages: str, rows: np.ndarray, scores: np.ndarray) -> None:
+def _learn_positives(found: Row, shards: Shards, rows: np.ndarray, scores: np.ndarray) -> None:
     """Note the teacher's scores of a query's positives, in place."""
     for name, score in (found.positives or {}).items():
         if shards.documents.contains([name])[0]:
-            scores[np.isin(rows, shards.documents.rows_named([name], passages))] = score
+            scores[np.isin(rows, shards.documents.rows_named([name]))] = score
 
 
 def _not_false(source: _Source, config: NegativesConfig, scores: np.ndarray, teacher: np.ndarray) -> np.ndarray:

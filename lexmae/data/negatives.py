@@ -3,7 +3,7 @@ written.
 
 | format | told by | a row |
 |---|---|---|
-| own | JSON lines, `negatives` | `{"qid", "negatives": [docid…], "scores": [score…]?, "positives": {docid: score}?}` |
+| own | JSON lines, `negatives` | `{"qid", "negatives": [id…], "scores": […]?, "positives": {id: score}?, "passages": [id…]?}` |
 | sentence-transformers | JSON lines with `neg` | `{"qid", "pos": [id…], "neg": {system: [id…]}}` |
 | MS MARCO `train.negatives.tsv` | two tab-separated columns | `qid, "pid,pid,…"` |
 | MS MARCO `top1000.*` | four tab-separated columns | `qid, pid, query, passage` |
@@ -12,7 +12,7 @@ written.
 
 Scores are a teacher's: retrieval scores (of a run, of a pickle) are not passed on, since a student must not
 learn them by accident. `positives` are the teacher's scores of the judged positives, which distillation and
-filters compare with.
+filters compare with. `passages` are the best ranked passage of each judged positive, where documents are split.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ from lexmae.errors import InputError
 
 
 class Row(NamedTuple):
-    """The negatives of a query, best first, with a teacher's scores of them and of its positives, where known."""
+    """The negatives of a query, best first, with a teacher's scores of them and of its positives, and the positives'
+    best passages, where known."""
 
     qid: str
     negatives: list[str]
     scores: list[float] | None = None
     positives: dict[str, float] | None = None
+    passages: list[str] | None = None
 
 
 def read_negatives(path: str | Path) -> Iterator[Row]:
@@ -68,7 +70,7 @@ def write_negatives(path: str | Path, rows: Iterable[Row | tuple]) -> None:
         rows: `Row`s, or tuples of their first fields.
     """
     with artifact.atomic_file(path, "w", encoding="utf-8", newline="\n") as file:
-        for qid, negatives, scores, positives in (Row(*values) for values in rows):
+        for qid, negatives, scores, positives, passages in (Row(*values) for values in rows):
             row: dict = {"qid": qid, "negatives": list(negatives)}
             if scores is not None:
                 if len(scores) != len(row["negatives"]):
@@ -78,6 +80,8 @@ def write_negatives(path: str | Path, rows: Iterable[Row | tuple]) -> None:
                 row["scores"] = [float(score) for score in scores]
             if positives is not None:
                 row["positives"] = {name: float(score) for name, score in positives.items()}
+            if passages is not None:
+                row["passages"] = list(passages)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -117,21 +121,23 @@ def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
             raise InputError('expected a list "negatives" or an object "neg"', path=path, line=line)
 
 
-def _own_row(row: dict, path: Path, line: int) -> tuple[list[str], list[float] | None, dict[str, float] | None]:
+def _own_row(row: dict, path: Path, line: int) -> tuple:
+    """The fields of a `Row` behind the query."""
     ids, scores, positives = _id_list(row["negatives"], path, line), row.get("scores"), row.get("positives")
+    passages = None if row.get("passages") is None else _id_list(row["passages"], path, line)
     if positives is not None:
         if not isinstance(positives, dict):
             raise InputError("positives: an object of document ids and scores is needed", path=path, line=line)
         positives = {check_id(name, "document id", path, line): check_score(score, "score", path, line)
                      for name, score in positives.items()}
     if scores is None:
-        return ids, None, positives
+        return ids, None, positives, passages
     if not isinstance(scores, list) or len(scores) != len(ids):
         found = f"{len(scores)} scores" if isinstance(scores, list) else "no list"
         raise InputError(
             f"scores: expected one for each of {len(ids)} negatives, found {found}", path=path, line=line
         )
-    return ids, [check_score(score, "score", path, line) for score in scores], positives
+    return ids, [check_score(score, "score", path, line) for score in scores], positives, passages
 
 
 def _system_row(row: dict, path: Path, line: int) -> tuple[list[str], list[float] | None]:

@@ -129,6 +129,11 @@ class PassageMap:
             raise InputError(f"unknown document {ids[int(np.argmin(known))]!r}", path=self.table.folder)
         return np.searchsorted(self.ends, self.table.rows([passage_id(name, 0) for name in ids]), side="right")
 
+    def documents_of(self, rows: np.ndarray) -> np.ndarray:
+        """The number of the document that each row belongs to, int64."""
+        rows = np.asarray(rows, np.int64)
+        return rows if self.ends is None else np.searchsorted(self.ends, rows, side="right")
+
     def contains(self, ids: Sequence[str]) -> np.ndarray:
         """Which of the ids are documents, bool."""
         return self.table.contains(ids if self.ends is None else [passage_id(name, 0) for name in ids])

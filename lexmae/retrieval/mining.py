@@ -54,7 +54,8 @@ def mine_run(run: Run, qrels: Qrels, depth: int = DEPTH,
     Only queries with a positive judgement are of use to training; they come in the order of the judgements.
 
     Args:
-        passages: the run ranks passages of split documents; those of a relevant document are left out.
+        passages: the run ranks passages of split documents; those of a relevant document are left out, and the best of
+            each is noted in ``Row.passages``.
     """
     if depth < 1:
         raise InputError(f"depth must be at least 1, not {depth}")
@@ -72,7 +73,16 @@ def mine_run(run: Run, qrels: Qrels, depth: int = DEPTH,
             continue
         counts.queries += 1
         counts.negatives += len(negatives)
-        yield Row(query, negatives)
+        yield Row(query, negatives, passages=_best_passages(ranked, keep) if passages else None)
+
+
+def _best_passages(ranked: list[str], negative: list[bool]) -> list[str] | None:
+    """The best ranked passage of each relevant document, in the order of the ranking; None without one."""
+    found: dict[str, str] = {}
+    for name, other in zip(ranked, negative, strict=True):
+        if not other:
+            found.setdefault(document_of(name), name)
+    return list(found.values()) or None
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,7 @@ class Negatives:
         qrels: Mapping[str, Mapping[str, int]] = shards.qrels(config.split)
         self.items: list[Item] = []
         self._positives: list[int] = []  # how many, at the end of each item's units
+        self._passages: list[list[str] | None] = []  # their best ones, which are passed on
         unknown = 0
         for row in progress(read_negatives(source), desc="negatives", unit="queries"):
             if row.qid not in row_of:
@@ -202,6 +203,7 @@ class Negatives:
             units = units_of(shards, [*row.negatives[:config.depth], *judged])
             self.items.append(Item(row_of[row.qid], units.astype(np.int32)))
             self._positives.append(len(judged))
+            self._passages.append(row.passages)
         if not self.items:
             raise InputError(f"names no query of the split '{config.split}'", source)
         if unknown:
@@ -215,7 +217,8 @@ class Negatives:
             names, values = names_of(self.shards, units), found.tolist()
             end = len(names) - self._positives[number]
             positives = dict(zip(names[end:], values[end:], strict=True))
-            rows.append(Row(self.queries.id(query), names[:end], values[:end], positives or None))
+            rows.append(Row(self.queries.id(query), names[:end], values[:end], positives or None,
+                            self._passages[number]))
         write_negatives(path, rows)
 
 
