@@ -3,7 +3,7 @@ written.
 
 | format | told by | a row |
 |---|---|---|
-| own | JSON lines, `negatives` | `{"qid", "negatives": [id…], "scores": […]?, "positives": {id: score}?, "passages": [id…]?}` |
+| own | JSON lines, `negatives` | `{"qid", "negatives": [id…], "scores": […]?, "positives": {…}?, "passages": [id…]?}` |
 | sentence-transformers | JSON lines with `neg` | `{"qid", "pos": [id…], "neg": {system: [id…]}}` |
 | MS MARCO `train.negatives.tsv` | two tab-separated columns | `qid, "pid,pid,…"` |
 | MS MARCO `top1000.*` | four tab-separated columns | `qid, pid, query, passage` |
