@@ -170,6 +170,15 @@ def test_sources_that_a_recipe_does_not_have_are_refused(folder, recipe, sources
         plan(folder, pipeline(ONE, StageConfig("three", recipe, negatives=sources)))
 
 
+def test_best_passages_need_a_ranking_of_passages(folder):
+    write(folder / "best.yaml", passages="best")
+    split = PrepareConfig(tokenizer="tok", split_documents=True)
+    with pytest.raises(InputError, match="best.yaml: passages: 'best' needs negatives of an earlier stage, and two"):
+        plan(folder, pipeline(ONE, StageConfig("two", "best.yaml"), prepare=split))
+    plan(folder, pipeline(ONE, StageConfig("two", "best.yaml", negatives="one"), prepare=split))
+    plan(folder, pipeline(ONE, StageConfig("two", "best.yaml")))  # passages are whole documents
+
+
 @pytest.mark.parametrize("sources, reason", [((), "at least one"), (("bm25", "bm25"), "named once")])
 def test_sources_of_a_stage_are_some_and_different(sources, reason):
     with pytest.raises(InputError, match=f"negatives: .*{reason}"):

@@ -242,10 +242,10 @@ class Plan:
     def _add_ranking(self, name: str, script: str, kind: type, user: StageConfig | RerankerConfig,
                      negatives: list[Path]) -> Path:
         """Training on judgements and negatives."""
+        self._check_sources(name, kind, user)
         if isinstance(user.negatives, str):
             overrides = {"negatives.path": str(negatives[0])}
         else:
-            self._check_sources(name, kind, user)
             overrides = {f"negatives.sources.{i}.path": str(path) for i, path in enumerate(negatives)}
         overrides["split"] = self.config.evaluation.train_split
         init = self._init(user.init)
@@ -255,10 +255,15 @@ class Plan:
                                   [*negatives, *([Path(init)] if init and init != self.config.backbone else [])])
 
     def _check_sources(self, name: str, kind: type, user: StageConfig | RerankerConfig) -> None:
-        """Refuse a recipe whose sources, with their shares and ranks, are not as many as those that the stage names."""
+        """Refuse a recipe whose sources, with their shares and ranks, are not as many as those that the stage names,
+        or that needs a ranking of passages where there is none."""
         file = self.folder / user.recipe
-        found = len(recipe.load(file, kind).negatives.sources)
-        if found != len(user.sources):
+        config = recipe.load(file, kind)
+        if config.passages == "best" and self.config.prepare.split_documents and set(user.sources) == {"bm25"}:
+            raise InputError(f"passages: 'best' needs negatives of an earlier stage, and {name} has those of BM25, "
+                             "which ranks whole documents", file)
+        found = len(config.negatives.sources)
+        if not isinstance(user.negatives, str) and found != len(user.sources):
             raise InputError(f"negatives.sources: {len(user.sources)} are needed, one for each of "
                              f"{', '.join(user.sources)} of stage {name}, and there are {found}", file)
 
