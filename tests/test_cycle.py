@@ -170,6 +170,12 @@ def test_sources_that_a_recipe_does_not_have_are_refused(folder, recipe, sources
         plan(folder, pipeline(ONE, StageConfig("three", recipe, negatives=sources)))
 
 
+def test_a_stage_need_not_name_the_folders_that_a_pipeline_gives_it(folder):
+    (folder / "short.yaml").write_text(f"deepspeed: {FP32}\n")
+    steps = plan(folder, pipeline(ONE, StageConfig("two", "short.yaml", negatives="one")))
+    assert settings(steps["two"])["data"] == "work/shards" and settings(steps["two"])["output"] == "work/two"
+
+
 def test_best_passages_need_a_ranking_of_passages(folder):
     write(folder / "best.yaml", passages="best")
     split = PrepareConfig(tokenizer="tok", split_documents=True)

@@ -167,8 +167,7 @@ class Plan:
     def _add_training(self, name: str, script: str, file: Path, kind: type, overrides: dict[str, str],
                       inputs: list[Path]) -> Path:
         output = self.work / name
-        values = {"data": str(self.shards), "output": str(output), **overrides}
-        settings = [f"{key}={value}" for key, value in values.items()]
+        settings = [*self._places(name), *(f"{key}={value}" for key, value in overrides.items())]
         config = recipe.load(file, kind, settings)
         command = [script, str(file), "--set", *settings, "--resume", "auto"]
         if self.deepspeed_config:
@@ -176,6 +175,10 @@ class Plan:
         self._check_hardware(config)
         learning = {k: v for k, v in recipe.to_dict(config).items() if k not in ("logging", "deepspeed", "probe")}
         return self._add(name, command, output / "model", [self.shards, *inputs], learning, trains=True, resumes=True)
+
+    def _places(self, name: str) -> list[str]:
+        """What every training recipe is told of folders, whether it names any or not."""
+        return [f"data={self.shards}", f"output={self.work / name}"]
 
     def _check_hardware(self, config: PretrainRecipe | FinetuneRecipe | RerankRecipe) -> None:
         """Refuse an unknown, contradictory or impossible ds_config before the first step."""
@@ -258,7 +261,7 @@ class Plan:
         """Refuse a recipe whose sources, with their shares and ranks, are not as many as those that the stage names,
         or that needs a ranking of passages where there is none."""
         file = self.folder / user.recipe
-        config = recipe.load(file, kind)
+        config = recipe.load(file, kind, self._places(name))
         if config.passages == "best" and self.config.prepare.split_documents and set(user.sources) == {"bm25"}:
             raise InputError(f"passages: 'best' needs negatives of an earlier stage, and {name} has those of BM25, "
                              "which ranks whole documents", file)
