@@ -108,7 +108,7 @@ def _take_best(config: NegativesConfig, shards: Shards, row_of: Mapping[str, int
     documents = [shards.documents.documents_of(rows) for rows in trained]
     taken = [np.zeros(len(rows), bool) for rows in trained]
     for source in config.lists:
-        for found in read_negatives(source.path):
+        for found in progress(read_negatives(source.path), desc="best passages", unit="queries"):
             query = row_of.get(found.qid)
             if query is None or not found.passages:
                 continue
