@@ -54,6 +54,36 @@ def test_compiled_kernels_equal_brute_force(tmp_path, scale):
         assert dict(index.search(queries, hits, threads=2)) == brute_force(docs, queries, hits)
 
 
+@pytest.mark.parametrize("layout", ["best first", "best last", "best first, deleted"])
+def test_a_floor_guessed_too_high_is_found_out(tmp_path, monkeypatch, layout):
+    """The floor comes from the first block; what it has too many of, the others lack."""
+    dense = np.random.default_rng(7).integers(1, 50, (1024, 2)).astype(float)
+    best = np.arange(0, 64, kernels.PART) + (0 if layout.startswith("best first") else 896)  # each in its own part
+    dense[best] += 1000
+    ids = [f"d{i:04d}" for i in range(1024)]
+    docs = SparseVectors(ids, *quantise(dense, 0, 1), VOCABULARY[:2])
+    queries = SparseVectors(["a", "b"], *quantise(np.array([[1.0, 1.0], [0.0, 3.0]]), 0, 1), VOCABULARY[:2])
+    folder = tmp_path / "segment-0000"
+    segments.write(StoredVectors.of(docs), folder, block=128)
+    write_vocabulary(tmp_path, docs.vocabulary)
+    gone = best[:5].astype(np.int32) if layout.endswith("deleted") else np.zeros(0, np.int32)
+    np.save(folder / segments.DELETED, gone)
+    left = docs.subset(np.setdiff1d(np.arange(1024), gone).tolist())
+    index, passes = exact.ExactIndex(tmp_path, 128), []
+    monkeypatch.setattr(index, "_add_up", lambda *arguments: (passes.append(1), type(index)._add_up(index, *arguments)))
+    index._compiled = True
+    assert dict(index.search(queries, 10, threads=1)) == brute_force(left, queries, 10)
+    assert len(passes) == (1 if layout == "best last" else 2)
+
+
+@pytest.mark.parametrize(("n", "threads"), [(1, 1), (3, 8), (256, 1), (257, 1), (1000, 2), (5000, 3), (0, 2)])
+def test_chunks_cover_the_queries(n, threads):
+    parts = kernels.chunks(n, threads)
+    assert [row for part in parts for row in range(*part)] == list(range(n))
+    lengths = {last - first for first, last in parts}
+    assert not lengths or (max(lengths) <= 256 and max(lengths) - min(lengths) <= 1)
+
+
 def test_an_index_of_the_older_layout_is_refused(tmp_path):
     engines.build(vectors(20, 6, "d"), "exact", tmp_path / "i")
     (tmp_path / "i" / "segment-0000").rename(tmp_path / "i" / "other")

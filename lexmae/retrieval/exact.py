@@ -24,10 +24,10 @@ from lexmae.cli import progress
 from lexmae.errors import InputError
 from lexmae.retrieval import segments
 from lexmae.retrieval.kernels import (
-    BUCKETS,
+    FLOOR,
     FOUND,
     LIMIT,
-    SHIFT,
+    PART,
     TILE,
     chunks,
     keep_best,
@@ -94,24 +94,39 @@ class ExactIndex:
         return run
 
     def _search(self, queries: Csr, first: int, last: int, hits: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Rankings of the queries ``first`` to ``last - 1``, as one batch."""
-        n = last - first
-        state = np.zeros((n, 4), np.int64)
-        counts = np.zeros((n, BUCKETS), np.int32)
-        keys = np.empty((n, _room(hits)), np.int64)
+        """Rankings of the queries ``first`` to ``last - 1``, as one batch.
+
+        The floor of a query is guessed from the first block that has one of its terms: the score that twice the block's
+        share of the hits reach, and a few more. A query that found fewer hits than asked for above a guessed floor is
+        searched again without a guess.
+        """
+        state = np.zeros((last - first, 2), np.int64)
+        keys = np.empty((last - first, _room(hits)), np.int64)
         open_state(*queries, first, last, self._heaviest, state)
-        for segment, numbers in zip(self.segments, self.numbers, strict=True):
-            scores = np.zeros(segment.block, np.int32)
-            search_blocks(segment.starts, segment.postings, numbers, segment.block, *queries, first, last, hits,
-                          state, counts, keys, scores, scores.reshape(-1, TILE))
+        wide = state[:, FLOOR] < 0
+        self._add_up(queries, first, last, hits, state, keys)
+        short = ~wide & (state[:, FOUND] < hits) & (state[:, FLOOR] > 1)
+        if short.any():
+            kept = state[:, FOUND].copy()
+            state[:, FOUND], state[:, FLOOR] = 0, np.where(short, 1, -1)
+            self._add_up(queries, first, last, hits, state, keys)
+            state[:, FOUND] = np.where(short, state[:, FOUND], kept)
         found = []
-        for at, (best, of_query) in enumerate(zip(keys, state.tolist(), strict=True)):
-            if of_query[SHIFT] < 0:  # a score may not fit into 31 bits
+        for at in range(last - first):
+            if wide[at]:  # a score may not fit into 31 bits
                 part = slice(*queries.indptr[first + at:][:2])
                 found.append(self._search_wide(queries.indices[part], queries.weights[part], hits))
             else:
-                found.append(unpack(best[:keep_best(best, of_query[FOUND], hits)]))
+                found.append(unpack(keys[at, :keep_best(keys[at], state[at, FOUND], hits)]))
         return found
+
+    def _add_up(self, queries: Csr, first: int, last: int, hits: int, state: np.ndarray, keys: np.ndarray) -> None:
+        """All segments, one after the other, for the queries whose floor is not negative."""
+        for segment, numbers in zip(self.segments, self.numbers, strict=True):
+            scores = np.zeros(segment.block, np.int32)
+            search_blocks(segment.starts, segment.postings, numbers, segment.block, *queries, first, last, hits,
+                          len(self), state, keys, scores, scores.reshape(-1, TILE),
+                          np.empty(segment.block // PART, np.int32))
 
     def _search_wide(self, terms: np.ndarray, factors: np.ndarray, hits: int) -> tuple[np.ndarray, np.ndarray]:
         """One query with 64-bit scores, for weights that no trained model gives."""
@@ -129,4 +144,4 @@ class ExactIndex:
 
 def _room(hits: int) -> int:
     """Keys that a query keeps at most: enough that a selection among them is rarely needed."""
-    return max(8 * min(hits, LIMIT // 8), 1024) + TILE
+    return max(4 * min(hits, LIMIT // 8), 1024) + TILE

@@ -16,9 +16,8 @@ import numba
 import numpy as np
 
 LIMIT = 2**31 - 1
-TILE = 128  # accumulators compared with the floor at a time, then again in sixteens; blocks are multiples of it
-BUCKETS = 2048  # of the histogram of scores that each query keeps
-FOUND, FLOOR, ABOVE, SHIFT = range(4)  # columns of a query's state
+TILE, PART = 128, 8  # accumulators compared with the floor at a time, then again in parts; blocks are multiples of TILE
+FOUND, FLOOR = range(2)  # columns of a query's state
 _DOCUMENT, _WEIGHT = np.uint32(0xFFFF), np.uint32(16)  # where a posting keeps which
 
 
@@ -119,94 +118,122 @@ def forward(starts, postings, slots, indptr, indices, weights):
 
 
 @compiled
-def search_blocks(starts, postings, numbers, block, q_indptr, q_terms, q_weights, first, last, hits, state, counts,
-                  keys, scores, tiles):
+def search_blocks(starts, postings, numbers, block, q_indptr, q_terms, q_weights, first, last, hits, total, state, keys,
+                  scores, tiles, heads):
     """Add the hits of a segment to the state of the queries ``first`` to ``last - 1``; row 0 of it is query ``first``.
 
     Block by block, all queries of the batch in each: the postings that one query has fetched stay in the cache for
-    the next. A query whose state has a negative SHIFT is passed over.
+    the next. A query whose floor is negative is passed over. Indices are unsigned: numba would ask of a signed one
+    whether it counts from the end, which costs a third of the adding up.
 
     Args:
         starts: int64 [G, V+1]; ``postings``: uint32 [P]; ``numbers``: int32 [D], -1 for a deleted document.
-        state: int64 [Q, 4], see ``open_state``; ``counts``: int32 [Q, BUCKETS]; ``keys``: int64 [Q, K'], K' > K.
+        total: documents of all segments, for the guess of a floor.
+        state: int64 [Q, 2], see ``open_state``; ``keys``: int64 [Q, K'], K' >= K + TILE.
         scores: int32 [block], zeros, and zeros again at the end; ``tiles``: the same memory as [block / TILE, TILE].
+        heads: int32 [block / PART], anything.
     """
     for g in range(len(starts)):
         base = g * block
-        n_tiles = (min(block, len(numbers) - base) + TILE - 1) // TILE
+        n_documents = min(block, len(numbers) - base)
+        n_tiles = (n_documents + TILE - 1) // TILE
+        expected = hits * n_documents / total
+        rank = np.int64(2 * expected + 4 * np.sqrt(expected)) + 1
         for query in range(first, last):
-            if state[query - first, SHIFT] < 0:
+            own = state[query - first]
+            if own[FLOOR] < 0:
                 continue
-            touched = np.int64(0)
+            touched = np.uint64(0)
             for j in range(q_indptr[query], q_indptr[query + 1]):
                 factor = np.int32(q_weights[j])
-                low, high = starts[g, q_terms[j]], starts[g, q_terms[j] + 1]
+                low, high = np.uint64(starts[g, q_terms[j]]), np.uint64(starts[g, q_terms[j] + 1])
                 touched += high - low
                 for i in range(low, high):
                     posting = postings[i]
                     scores[posting & _DOCUMENT] += factor * np.int32(posting >> _WEIGHT)
             if touched:
-                _collect(tiles, n_tiles, numbers, base, hits, state[query - first], counts[query - first],
-                         keys[query - first])
-                for d in range(n_tiles * TILE):
-                    scores[d] = 0
+                if own[FLOOR] == 0:
+                    own[FLOOR] = _guess_floor(tiles, n_tiles, rank, heads)
+                _collect(tiles, n_tiles, numbers, base, hits, own, keys[query - first])
 
 
 @compiled
-def _collect(tiles, n_tiles, numbers, base, hits, state, counts, keys):
-    """Keep what of a block may be among the ``hits`` best.
+def _guess_floor(tiles, n_tiles, rank, heads):
+    """A score that about ``rank`` documents of a block reach, and never fewer; 1 where the block has no such score.
 
-    ``counts`` is a histogram of the kept scores, ``score >> SHIFT``. While the buckets above the lowest one in use
-    hold ``hits`` documents, none of that lowest one can be among the best: the floor rises by a bucket.
+    Found among the largest scores of each PART of the block, to one part in 64.
     """
-    found, bucket, above, shift = state[FOUND], state[FLOOR], state[ABOVE], state[SHIFT]
-    floor = np.int32(max(bucket << shift, 1))
+    n = 0
+    high = np.int32(1)
+    for t in range(n_tiles):
+        for part in range(0, TILE, PART):
+            best = np.int32(0)
+            for d in range(PART):
+                best = max(best, tiles[t, part + d])
+            heads[n] = best
+            high = max(high, best)
+            n += 1
+    low = np.int32(1)  # reached by ``rank`` heads, or the lowest floor there is
+    while high - low > low >> 6:
+        middle = low + (high - low + 1) // 2
+        above = np.int32(0)
+        for i in range(n):
+            above += np.int32(heads[i] >= middle)
+        if above >= rank:
+            low = np.int32(middle)
+        else:
+            high = np.int32(middle - 1)
+    return np.int64(low)
+
+
+@compiled
+def _collect(tiles, n_tiles, numbers, base, hits, state, keys):
+    """Keep what of a block may be among the ``hits`` best, and leave zeros behind.
+
+    What is kept reaches the floor. Where ``keys`` is full the best are selected, and the worst of them is the floor.
+    """
+    found, floor = state[FOUND], np.int32(state[FLOOR])
     for t in range(n_tiles):
         best = np.int32(0)
         for d in range(TILE):
             best = max(best, tiles[t, d])
-        if best < floor:
-            continue
-        for part in range(0, TILE, 16):
-            best = np.int32(0)
-            for d in range(16):
-                best = max(best, tiles[t, part + d])
-            if best < floor:
-                continue
-            for d in range(part, part + 16):
-                score = tiles[t, d]
-                if score >= floor and numbers[base + t * TILE + d] >= 0:
-                    keys[found] = (np.int64(score) << 31) | (LIMIT - numbers[base + t * TILE + d])
-                    found += 1
-                    counts[score >> shift] += 1
-                    above += 1
-        while above - counts[bucket] >= hits:
-            above -= counts[bucket]
-            bucket += 1
-        floor = np.int32(max(bucket << shift, 1))
-        if found > len(keys) - TILE:
-            found = keep_best(keys, found, hits)
-    state[FOUND], state[FLOOR], state[ABOVE] = found, bucket, above
+        if best >= floor:
+            for part in range(0, TILE, PART):
+                best = np.int32(0)
+                for d in range(PART):
+                    best = max(best, tiles[t, part + d])
+                if best < floor:
+                    continue
+                for d in range(part, part + PART):
+                    score = tiles[t, d]
+                    if score >= floor and numbers[base + t * TILE + d] >= 0:
+                        keys[found] = (np.int64(score) << 31) | (LIMIT - numbers[base + t * TILE + d])
+                        found += 1
+            if found > len(keys) - TILE:
+                found = keep_best(keys, found, hits)
+                worst = keys[0]
+                for i in range(found):
+                    worst = min(worst, keys[i])
+                floor = np.int32(worst >> 31)
+        for d in range(TILE):
+            tiles[t, d] = 0
+    state[FOUND], state[FLOOR] = found, floor
 
 
 @compiled
 def open_state(q_indptr, q_terms, q_weights, first, last, heaviest, state):
-    """The state of queries without hits; SHIFT is -1 where a score might not fit into 31 bits.
+    """The state of queries without hits; the floor is -1 where a score might not fit into 31 bits.
 
     Args:
         heaviest: int64 [V], the largest weight of any document for each term.
-        state: int64 [Q, 4]: keys kept, lowest bucket in use, documents counted from it on, log2 of a bucket's width.
+        state: int64 [Q, 2]: keys kept, the score that a further one must reach: 0 while it has not been guessed.
     """
     for query in range(first, last):
         bound = np.int64(0)
         for j in range(q_indptr[query], q_indptr[query + 1]):
             bound += np.int64(q_weights[j]) * heaviest[q_terms[j]]
-        shift = 0
-        while bound >> shift >= BUCKETS:
-            shift += 1
-        for column in range(4):
-            state[query - first, column] = 0
-        state[query - first, SHIFT] = shift if bound <= LIMIT else -1
+        state[query - first, FOUND] = 0
+        state[query - first, FLOOR] = 0 if bound <= LIMIT else -1
 
 
 def unpack(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -216,6 +243,9 @@ def unpack(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def chunks(n: int, threads: int, most: int = 256) -> list[tuple[int, int]]:
-    """Ranges of queries: several for each thread, none longer than ``most``, for the memory of its results."""
-    size = max(1, min(most, -(-n // (4 * threads))))
-    return [(first, min(first + size, n)) for first in range(0, n, size)]
+    """Ranges of queries, as many for each thread and about as long; none longer than ``most``, for its results' memory.
+
+    Long ones: the queries of a range share what they fetch.
+    """
+    parts = threads * -(-n // (threads * most))
+    return [(n * i // parts, n * (i + 1) // parts) for i in range(parts) if n * i // parts < n * (i + 1) // parts]
