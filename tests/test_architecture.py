@@ -1,7 +1,7 @@
 """The import law and the house rules, held by reading the source.
 
     base        errors, renaming, memory, cli, config, recipe, artifact, checked, locks, remembered, verification,
-                ranks, lifeline, cluster, cluster_probe
+                sidecar, ranks, lifeline, cluster, cluster_probe
     data, model base; not each other
     train, retrieval   base, data, model; not each other
     cycle       base and train.hardware
@@ -25,7 +25,7 @@ PACKAGE = ROOT / "lexmae"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 COMMANDS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")])
 BASE = {"errors", "renaming", "memory", "cli", "config", "recipe", "artifact", "checked", "locks", "remembered",
-        "verification", "ranks", "lifeline", "cluster", "cluster_probe"}
+        "verification", "sidecar", "ranks", "lifeline", "cluster", "cluster_probe"}
 LAYERS = {"data": {"data"}, "model": {"model"}, "train": {"data", "model", "train"},
           "retrieval": {"data", "model", "retrieval"}, "cycle": {"cycle"},
           "demo": {"data", "model", "retrieval", "demo"}}
@@ -94,7 +94,7 @@ def test_each_layer_imports_only_what_stands_above_it():
 
 def test_the_base_does_not_import_in_a_circle():
     order = ["errors", "renaming", "memory", "checked", "cli", "locks", "remembered", "artifact", "verification",
-             "config", "recipe", "ranks", "lifeline", "cluster", "cluster_probe"]
+             "sidecar", "config", "recipe", "ranks", "lifeline", "cluster", "cluster_probe"]
     for path in SOURCES:
         own = path.relative_to(PACKAGE).with_suffix("").as_posix()
         if own in BASE:

@@ -47,6 +47,12 @@ def rewrite(folder: Path, terms=((0, 1), (2,), (3, 4)), weights=((5, 4), (3,), (
         writer.write_table(table)
 
 
+def misname(folder: Path) -> None:
+    """Columns of other types, and one whose name is not UTF-8."""
+    rewrite(folder, weight_type=pa.float32())
+    (folder / PART).write_bytes((folder / PART).read_bytes().replace(b"weights", b"\x8eeights"))
+
+
 def edit_manifest(folder: Path, **changes) -> None:
     record = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(record | changes))
@@ -55,6 +61,7 @@ def edit_manifest(folder: Path, **changes) -> None:
 DAMAGE = {
     "nan": (lambda v: rewrite(v, weights=((5, 4), (float("nan"),), (2, 1)), weight_type=pa.float32()),
             "a weight of 'b' is not a finite number (nan)"),
+    "names that are not UTF-8": (lambda v: misname(v), "'utf-8' codec can't decode byte 0x8e"),
     "infinite": (lambda v: rewrite(v, weights=((5, 4), (3,), (2, float("inf"))), weight_type=pa.float64()),
                  "a weight of 'c' is not a finite number (inf)"),
     "negative": (lambda v: rewrite(v, weights=((5, -4), (3,), (2, 1)), weight_type=pa.int16()),

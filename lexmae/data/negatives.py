@@ -23,7 +23,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from lexmae import artifact
+from lexmae import sidecar
 from lexmae.data.lines import (
     blank_cells,
     check_id,
@@ -51,8 +51,10 @@ class Row(NamedTuple):
 def read_negatives(path: str | Path) -> Iterator[Row]:
     """One `Row` per query.
 
-    Raises InputError for a format that is not known, an empty file, a bad line and a repeated query.
+    Raises InputError for a format that is not known, an empty file, a bad line, a repeated query, and a file that has
+    not the checksum that stands beside it.
     """
+    sidecar.verify(path)
     seen: set[str] = set()
     for line, row in _rows(Path(path)):
         if row.qid in seen:
@@ -64,25 +66,29 @@ def read_negatives(path: str | Path) -> Iterator[Row]:
 
 
 def write_negatives(path: str | Path, rows: Iterable[Row | tuple]) -> None:
-    """Write the project's own JSON lines; the file appears under its name when it is complete.
+    """Write the project's own JSON lines, and their checksum beside them; complete, or not there.
 
     Args:
         rows: `Row`s, or tuples of their first fields.
     """
-    with artifact.atomic_file(path, "w", encoding="utf-8", newline="\n") as file:
-        for qid, negatives, scores, positives, passages in (Row(*values) for values in rows):
-            row: dict = {"qid": qid, "negatives": list(negatives)}
-            if scores is not None:
-                if len(scores) != len(row["negatives"]):
-                    raise ValueError(
-                        f"query {qid!r}: {len(row['negatives'])} negatives but {len(scores)} scores"
-                    )
-                row["scores"] = [float(score) for score in scores]
-            if positives is not None:
-                row["positives"] = {name: float(score) for name, score in positives.items()}
-            if passages is not None:
-                row["passages"] = list(passages)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with sidecar.checksummed_file(path) as file:
+        for values in rows:
+            file.write(to_line(Row(*values)))
+
+
+def to_line(row: Row) -> bytes:
+    """A row as a line of the project's own format."""
+    qid, negatives, scores, positives, passages = row
+    found: dict = {"qid": qid, "negatives": list(negatives)}
+    if scores is not None:
+        if len(scores) != len(found["negatives"]):
+            raise ValueError(f"query {qid!r}: {len(found['negatives'])} negatives but {len(scores)} scores")
+        found["scores"] = [float(score) for score in scores]
+    if positives is not None:
+        found["positives"] = {name: float(score) for name, score in positives.items()}
+    if passages is not None:
+        found["passages"] = list(passages)
+    return json.dumps(found, ensure_ascii=False).encode() + b"\n"
 
 
 def _rows(path: Path) -> Iterator[tuple[int | None, Row]]:

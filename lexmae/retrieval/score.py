@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lexmae import artifact
+from lexmae import artifact, sidecar
 from lexmae.cli import progress, say
-from lexmae.data.negatives import Row, read_negatives, write_negatives
+from lexmae.data.negatives import Row, read_negatives, to_line
 from lexmae.data.pairs import PairBatch, read_pairs
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
@@ -110,7 +110,7 @@ def score(model: str | Path, shards: str | Path, output: str | Path, config: Sco
         figures = scoring.run(missing, device, blocks.PRECISIONS[name])
         blocks.collect(hosts, partial, -(-len(work.items) // BLOCK))
         if rank == 0:
-            _join(partial, output)
+            _join(partial, output, checksummed=bool(negatives))
             say(f"wrote {output}: {figures['queries']} queries, {figures['documents']} documents")
         hosts.barrier()
     return {**figures, "ranks": world}
@@ -219,7 +219,8 @@ class Negatives:
             positives = dict(zip(names[end:], values[end:], strict=True))
             rows.append(Row(self.queries.id(query), names[:end], values[:end], positives or None,
                             self._passages[number]))
-        write_negatives(path, rows)
+        with artifact.atomic_file(path, "wb") as out:
+            out.writelines(map(to_line, rows))
 
 
 class Reranking:
@@ -316,9 +317,9 @@ def _part(partial: Path, block: int) -> Path:
     return partial / f"part-{block:06d}"
 
 
-def _join(partial: Path, output: Path) -> None:
+def _join(partial: Path, output: Path, checksummed: bool) -> None:
     """The parts as one file, in order; they are removed when it has its name."""
-    with artifact.atomic_file(output, "wb") as out:
+    with sidecar.checksummed_file(output) if checksummed else artifact.atomic_file(output, "wb") as out:
         for part in sorted(partial.glob("part-*")):
             with open(part, "rb") as content:
                 shutil.copyfileobj(content, out)

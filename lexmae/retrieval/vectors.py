@@ -272,14 +272,13 @@ def read_batches(path: str | Path) -> list[tuple[pa.Array, Csr]]:
         with pa.ipc.open_file(pa.memory_map(str(path))) as table:
             foreign = [table.get_batch(i) for i in range(table.num_record_batches)] \
                 if table.schema.types != _SCHEMA.types or table.schema.names != _SCHEMA.names else []
-            for batch in foreign:
+            for batch in foreign:  # of other programs: said more exactly than below
                 batch.validate(full=True)
+                checks.check_batch(batch, _SCHEMA, path)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise InputError(f"not an Arrow file, or a damaged one: {' '.join(str(error).split())}", path) from error
-    for batch in foreign:  # of other programs: said more exactly than below
-        checks.check_batch(batch, _SCHEMA, path)
     return [_read_batch(batch, path) for batch in read_arrow(path, _SCHEMA)]
 
 
