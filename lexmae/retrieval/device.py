@@ -64,7 +64,7 @@ class DeviceIndex:
                 last = min(first + _BATCH, len(queries))
                 keys = self._best(_dense(queries, first, last, dtype).to(self._device), hits).cpu().numpy()
                 for offset, row in enumerate(keys):
-                    run.add(queries.ids[first + offset], *unpack(row[row > 0]), ordered=True)
+                    run.add(queries.ids[first + offset], *unpack(row[row > 0], hits), ordered=True)
                 bar.update(last - first)
         run.seconds = time.perf_counter() - started
         return run

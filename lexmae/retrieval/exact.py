@@ -30,7 +30,6 @@ from lexmae.retrieval.kernels import (
     PART,
     TILE,
     chunks,
-    keep_best,
     open_state,
     search_blocks,
     unpack,
@@ -96,9 +95,9 @@ class ExactIndex:
     def _search(self, queries: Csr, first: int, last: int, hits: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Rankings of the queries ``first`` to ``last - 1``, as one batch.
 
-        The floor of a query is guessed from the first block that has one of its terms: the score that twice the block's
-        share of the hits reach, and a few more. A query that found fewer hits than asked for above a guessed floor is
-        searched again without a guess.
+        The floor of a query is guessed from the first block that has one of its terms: the score that up to twice the
+        block's share of the hits reach, and a few more. A query that found fewer hits than asked for above a guessed
+        floor is searched again without a guess.
         """
         state = np.zeros((last - first, 2), np.int64)
         keys = np.empty((last - first, _room(hits)), np.int64)
@@ -117,7 +116,7 @@ class ExactIndex:
                 part = slice(*queries.indptr[first + at:][:2])
                 found.append(self._search_wide(queries.indices[part], queries.weights[part], hits))
             else:
-                found.append(unpack(keys[at, :keep_best(keys[at], state[at, FOUND], hits)]))
+                found.append(unpack(keys[at, :state[at, FOUND]], hits))
         return found
 
     def _add_up(self, queries: Csr, first: int, last: int, hits: int, state: np.ndarray, keys: np.ndarray) -> None:
