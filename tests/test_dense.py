@@ -30,11 +30,11 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def expected(model_dir, tiny_shards) -> dict[str, np.ndarray]:
-    """`bottleneck` and `cls` [R, H] of the documents through Hugging Face's own forward pass, one text at a time."""
+    """`bottleneck`, `cls`, `mean` [R, H] of the documents through Hugging Face's own forward pass, one by one."""
     from transformers import AutoModelForMaskedLM
 
     lm = AutoModelForMaskedLM.from_pretrained(model_dir).eval()
-    found: dict[str, list] = {"bottleneck": [], "cls": []}
+    found: dict[str, list] = {"bottleneck": [], "cls": [], "mean": []}
     for row in range(len(tiny_shards.docs)):
         ids = torch.from_numpy(tiny_shards.docs.tokens(row).astype(np.int64))[None]
         types = (torch.arange(ids.shape[1]) >= tiny_shards.docs.first_length(row)).long()[None]
@@ -44,10 +44,12 @@ def expected(model_dir, tiny_shards) -> dict[str, np.ndarray]:
         weights = torch.softmax(out.logits[0][text].max(0).values, -1)
         found["bottleneck"].append((weights @ lm.get_input_embeddings().weight).detach().numpy())
         found["cls"].append(out.hidden_states[-1][0, 0].numpy())
+        mean = out.hidden_states[-1][0].mean(0).numpy()
+        found["mean"].append(mean / np.linalg.norm(mean))
     return {name: np.stack(rows) for name, rows in found.items()}
 
 
-@pytest.mark.parametrize("representation", ["bottleneck", "cls"])
+@pytest.mark.parametrize("representation", ["bottleneck", "cls", "mean"])
 def test_documents_are_what_the_model_gives_one_by_one(model_dir, shards_dir, tiny_shards, expected, tmp_path,
                                                        representation):
     encode_dense.encode(model_dir, shards_dir, tmp_path / "v", DOCS, representation)
@@ -93,8 +95,8 @@ def test_refusals(model_dir, shards_dir, tmp_path):
     for config in (EncodeConfig("docs", top_k=3), EncodeConfig("docs", threshold=0.1)):
         with pytest.raises(InputError, match="top-k and threshold are for lexicon vectors"):
             encode_dense.encode(model_dir, shards_dir, tmp_path / "v", config, "cls")
-    with pytest.raises(InputError, match="unknown representation 'mean'"):
-        encode_dense.encode(model_dir, shards_dir, tmp_path / "v", DOCS, "mean")
+    with pytest.raises(InputError, match="unknown representation 'max'"):
+        encode_dense.encode(model_dir, shards_dir, tmp_path / "v", DOCS, "max")
     with pytest.raises(InputError, match="no queries of the split"):
         encode_dense.encode(model_dir, shards_dir, tmp_path / "w", EncodeConfig("queries", "none"), "cls")
 

@@ -18,9 +18,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--side", required=True, choices=("docs", "queries"), help="what to encode")
     parser.add_argument("--split", help="split of the queries, such as dev")
     parser.add_argument("--output", required=True, help="folder of vectors to write")
-    parser.add_argument("--representation", choices=("lexicon", "bottleneck", "cls"), default="lexicon",
+    parser.add_argument("--representation", choices=("lexicon", "bottleneck", "cls", "mean"), default="lexicon",
                         help="sparse vectors over the vocabulary, or dense ones for the engine faiss: LexMAE's "
-                             "bottleneck, or the last hidden state of [CLS]")
+                             "bottleneck, the last hidden state of [CLS], or the mean of all (sentence encoders)")
     parser.add_argument("--top-k", type=int, help="keep the k largest weights of each text")
     parser.add_argument("--threshold", type=float, help="leave out weights below this; the smallest weight is 0.01")
     parser.add_argument("--batch-tokens", type=int,

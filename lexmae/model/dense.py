@@ -16,16 +16,17 @@ from lexmae.errors import InputError
 from lexmae.model import backbone, lexicon
 from lexmae.model.head import max_logits
 
-REPRESENTATIONS = ("bottleneck", "cls")
+REPRESENTATIONS = ("bottleneck", "cls", "mean")
 
 
 class DenseEncoder(nn.Module):
-    """The lexicon bottleneck `b = softmax(max over text tokens of logits) · E` (SPEC §1), or `[CLS]`.
+    """The lexicon bottleneck `b = softmax(max over text tokens of logits) · E` (SPEC §1), `[CLS]`, or the mean.
 
     Args:
         lm: the masked language model.
         representation: `bottleneck`, what the decoder of pre-training reads, or `cls`, the last hidden state of the
-            first token.
+            first token, or `mean`, that of all tokens on average, of length 1: what most sentence encoders are trained
+            for (Reimers and Gurevych, EMNLP 2019).
         head: implementation of the pooled head, see `head.max_logits`.
     """
 
@@ -56,6 +57,10 @@ class DenseEncoder(nn.Module):
         hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)  # [B, L, H]
         if self.representation == "cls":
             return hidden[:, 0].float()
+        if self.representation == "mean":
+            weights = attention_mask.unsqueeze(-1).float()
+            mean = (hidden.float() * weights).sum(1) / weights.sum(1).clamp_min(1)
+            return nn.functional.normalize(mean, dim=-1)
         weight, bias = backbone.output_matrix(self.lm)
         pooled = max_logits(backbone.transform(self.lm, hidden), weight, bias, text_mask, self.head)  # [B, V]
         with torch.autocast(input_ids.device.type, enabled=False):
@@ -65,9 +70,9 @@ class DenseEncoder(nn.Module):
     def load(cls, init: str | Path, representation: str = "bottleneck", head: str = "auto", **kw: Any) -> DenseEncoder:
         """From a folder or a hub name; see `backbone.load_masked_lm` for keywords and errors.
 
-        `cls` does not read the LM head, so that a sentence encoder without one will do.
+        `cls` and `mean` do not read the LM head, so that a sentence encoder without one will do.
         """
-        if representation == "cls":
+        if representation in ("cls", "mean"):
             lm, _ = backbone.load_masked_lm_with_new(str(init), **kw)
         else:
             lm = backbone.load_masked_lm(str(init), **kw)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,18 @@ def opened(path: Path, kind: str, side: str | None) -> artifact.Manifest:
     if side is not None and made_for is not None and made_for != side:
         raise InputError(f"these are vectors of {made_for}, but vectors of {side} are needed here", path)
     return manifest
+
+
+def refuse_other_making(docs: Mapping[str, Any], queries: Mapping[str, Any], path: Path | str) -> None:
+    """InputError where the facts about the making of documents and of queries say that they do not belong together.
+
+    Args:
+        path: of the documents.
+    """
+    for key in ("tokenizer_hash", "scale", "representation"):
+        if docs.get(key) is not None and queries.get(key) not in (None, docs[key]):
+            raise InputError(f"its documents were encoded with the {key} {docs[key]}, the queries with {queries[key]}",
+                             path)
 
 
 def check_batch(batch: pa.RecordBatch, schema: pa.Schema, path: Path | str) -> None:

@@ -3,8 +3,8 @@
 Shapes: R rows, H dimensions.
 
 An artifact of kind ``dense`` holds ``ids.arrow`` (column ``id``) and ``matrix.npy`` (float32 [R, H], row ``i`` of the
-text ``ids[i]``). Its manifest says what the vectors are (``representation``: ``bottleneck`` or ``cls``), their
-dimensions, the side, and the tokenizer hash.
+text ``ids[i]``). Its manifest says what the vectors are (``representation``: ``bottleneck``, ``cls`` or ``mean``),
+their dimensions, the side, and the tokenizer hash.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
     """Write the artifact of dense vectors ``output``; every rank calls it.
 
     Args:
-        representation: ``bottleneck`` or ``cls``.
+        representation: ``bottleneck``, ``cls`` or ``mean``.
 
     Raises:
         InputError: model, shards or split do not exist or do not belong together, or ``output`` exists.

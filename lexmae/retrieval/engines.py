@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from lexmae import artifact, verification
 from lexmae.errors import InputError
-from lexmae.retrieval import dense
+from lexmae.retrieval import checks, dense
 from lexmae.retrieval import vectors as sparse
 from lexmae.retrieval.dense import DenseVectors
 from lexmae.retrieval.runs import Run
@@ -147,12 +147,7 @@ class Index:
                              f"{sparse.vocabularies_differ(self._searcher.vocabulary, queries.vocabulary)} in that of "
                              "the queries", self.manifest.path)
         self._agreed = getattr(queries, "vocabulary", None)
-        made = self.manifest.extra.get("vectors", {})
-        for key in ("tokenizer_hash", "scale", "representation"):
-            if made.get(key) is not None and queries.extra.get(key) not in (None, made[key]):
-                raise InputError(f"its documents were encoded with the {key} {made[key]}, "
-                                 f"the queries with {queries.extra[key]}", self.manifest.path)
-
+        checks.refuse_other_making(self.manifest.extra.get("vectors", {}), queries.extra, self.manifest.path)
 
     def _check_dense(self, queries: DenseVectors) -> None:
         if self._searcher.dimensions != queries.dimensions:
@@ -165,7 +160,7 @@ def open_vectors(path: str | Path, engine: str, side: str) -> Vectors:
     kind = artifact.read(path).kind
     wanted, other = (dense.KIND, sparse.KIND) if engine in DENSE else (sparse.KIND, dense.KIND)
     if kind == other:
-        advice = ("encode with --representation bottleneck or cls" if engine in DENSE
+        advice = ("encode with --representation bottleneck, cls or mean" if engine in DENSE
                   else "encode without --representation, or use the engine faiss")
         held = "sparse" if engine in DENSE else "dense"
         raise InputError(f"holds {held} vectors, which the engine {engine} does not search: {advice}", path)

@@ -35,7 +35,7 @@ from lexmae.retrieval import blocks, flow, reports
 from lexmae.retrieval.runs import Run, read_run, write_run
 
 BLOCK = 64  # queries per part
-_DIGITS = 6  # behind the point; float32 has no more for scores of usual size
+DIGITS = 6  # behind the point; float32 has no more for scores of usual size
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def score(model: str | Path, shards: str | Path, output: str | Path, config: Sco
     """
     output, source = Path(output), Path(negatives or run)
     with together():
-        opened = _open_shards(shards, config.split)
+        opened = open_shards(shards, config.split)
         reports.refuse_existing(output, overwrite=overwrite)
         made_with = opened.refuse_other_tokenizer(model, KIND)
         work = (Negatives if negatives else Reranking)(source, opened, config)
@@ -105,12 +105,12 @@ def score(model: str | Path, shards: str | Path, output: str | Path, config: Sco
         hosts = blocks.hosts(output, **state)
         partial, there = blocks.open_partial(output, state, hosts)
         missing = blocks.missing(blocks.own(len(work.items), BLOCK, rank, world), there,
-                                 lambda block: _part(partial, block).name)
+                                 lambda block: part_path(partial, block).name)
         scoring = _Scoring(scorer, opened, config, max_length, work, partial)
         figures = scoring.run(missing, device, blocks.PRECISIONS[name])
         blocks.collect(hosts, partial, -(-len(work.items) // BLOCK))
         if rank == 0:
-            _join(partial, output, checksummed=bool(negatives))
+            join(partial, output, checksummed=bool(negatives))
             say(f"wrote {output}: {figures['queries']} queries, {figures['documents']} documents")
         hosts.barrier()
     return {**figures, "ranks": world}
@@ -125,7 +125,8 @@ def speed(figures: Mapping[str, Any]) -> dict[str, Any]:
             "seconds": round(seconds, 4), "queries_per_second": rate}
 
 
-def _open_shards(shards: str | Path, split: str) -> Shards:
+def open_shards(shards: str | Path, split: str) -> Shards:
+    """Shards that have this split; InputError where they do not."""
     opened = Shards.open(shards)
     if split not in opened.splits:
         raise InputError(f"has no queries of the split '{split}'; it has {', '.join(opened.splits) or 'none'}", shards)
@@ -174,7 +175,7 @@ def names_of(shards: Shards, units: np.ndarray) -> list[str]:
     return names.tolist()
 
 
-def _rows(shards: Shards, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rows_of(shards: Shards, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the shards' table, unit by unit, and how many each unit has, int64."""
     alone = units >= 0
     if alone.all():
@@ -270,7 +271,7 @@ class _Scoring:
         items = self.work.items
         here = [items[i] for block in missing for i in self._numbers(block)]
         start = time.perf_counter()
-        with progress(total=sum(int(_rows(self.shards, item.units)[1].sum()) for item in here), desc="score",
+        with progress(total=sum(int(rows_of(self.shards, item.units)[1].sum()) for item in here), desc="score",
                       unit="pairs") as bar:
             flow.run(self, missing, device, dtype, bar.update)
         return {"queries": len(items), "documents": sum(len(item.units) for item in items),
@@ -283,7 +284,7 @@ class _Scoring:
         items = [self.work.items[i] for i in self._numbers(block)]
         units = np.concatenate([item.units for item in items]).astype(np.int64)
         counts = [len(item.units) for item in items]
-        docs, sizes = _rows(self.shards, units)
+        docs, sizes = rows_of(self.shards, units)
         asked = np.repeat(np.repeat([item.query for item in items], counts), sizes)
         self._pairs[block] = _Pairs(asked, docs, sizes, np.cumsum(counts))
         lengths = np.minimum(self.queries.lengths[asked] + self.shards.docs.lengths[docs], self.max_length)
@@ -309,15 +310,16 @@ class _Scoring:
         if batches:
             best[np.concatenate(batches)] = np.concatenate(kept)
             best = np.maximum.reduceat(best, np.cumsum(pairs.sizes) - pairs.sizes)
-        self.work.write(_part(self.partial, block), self._numbers(block),
-                        np.split(np.round(best, _DIGITS), pairs.ends[:-1]))
+        self.work.write(part_path(self.partial, block), self._numbers(block),
+                        np.split(np.round(best, DIGITS), pairs.ends[:-1]))
 
 
-def _part(partial: Path, block: int) -> Path:
+def part_path(partial: Path, block: int) -> Path:
+    """The part of the output that holds the items of a block."""
     return partial / f"part-{block:06d}"
 
 
-def _join(partial: Path, output: Path, checksummed: bool) -> None:
+def join(partial: Path, output: Path, checksummed: bool) -> None:
     """The parts as one file, in order; they are removed when it has its name."""
     with sidecar.checksummed_file(output) if checksummed else artifact.atomic_file(output, "wb") as out:
         for part in sorted(partial.glob("part-*")):
