@@ -17,6 +17,7 @@ import yaml
 from lexmae import artifact
 from lexmae.cycle import report
 from lexmae.cycle.config import (
+    BiEncoderConfig,
     CollectionConfig,
     EvaluationConfig,
     PipelineRecipe,
@@ -24,8 +25,9 @@ from lexmae.cycle.config import (
     RerankerConfig,
     StageConfig,
 )
-from lexmae.cycle.plan import Plan, Step
+from lexmae.cycle.plan import Plan
 from lexmae.cycle.runner import ROOT, Runner
+from lexmae.cycle.steps import Step
 from lexmae.errors import InputError
 
 # ---------------------------------------------------------------------------------------------------- the plan
@@ -299,12 +301,60 @@ def test_a_reranker_on_negatives_of_bm25(reranking):
     assert settings(started["reranker"])["model.init"] == "b"
 
 
+def test_a_bi_encoder_is_measured_mined_from_and_teaches(folder):
+    write(folder / "taught.yaml", negatives={"sources": [{"path": "-"}] * 2}, loss={"distillation": "kl"})
+    stages = (StageConfig("hard", "stage.yaml", negatives="bi_encoder", mine_depth=30),
+              StageConfig("taught", "taught.yaml", negatives=("bi_encoder", "hard"), mine_depth=60,
+                          teacher="bi_encoder"))
+    config = pipeline(*stages, bi_encoder=BiEncoderConfig("some/encoder", "cls", 15.0, 40))
+    steps = plan(folder, config)
+    names = list(steps)
+    assert names[names.index("bm25-evaluate") + 1:names.index("hard")] == [
+        *(f"bi_encoder-{what}" for what in ("docs", "queries", "index", "search", "evaluate")),
+        "bi_encoder-train-encode", "bi_encoder-train-search", "bi_encoder-negatives"]
+    for name in ("docs", "queries", "train-encode"):
+        step = steps[f"bi_encoder-{name}"]
+        assert option(step, "--model") == "some/encoder" and option(step, "--representation") == "cls" and step.trains
+        assert "--top-k" not in step.command
+    assert option(steps["bi_encoder-index"], "--engine") == "faiss"
+    assert option(steps["hard-index"], "--engine") == "exact"
+    assert option(steps["bi_encoder-evaluate"], "--compare") == "work/bm25/run.trec"
+    assert option(steps["bi_encoder-negatives"], "--depth") == "60", "the other stage needs 30 of them"
+    assert settings(steps["hard"])["negatives.path"] == "work/bi_encoder/negatives.jsonl"
+    for source in ("bi_encoder", "hard"):
+        step = steps[f"{source}-products"]
+        place = step.command.index("--vectors")
+        assert step.command[place + 1:place + 3] == ["work/bi_encoder/vectors-docs", "work/bi_encoder/vectors-train"]
+        assert option(step, "--scale") == "15.0" and option(step, "--depth") == "40"
+        assert option(step, "--negatives") == f"work/{source}/negatives.jsonl" and not step.trains
+    assert [settings(steps["taught"])[f"negatives.sources.{i}.path"] for i in range(2)] == [
+        "work/bi_encoder/bi_encoder-scored.jsonl", "work/bi_encoder/hard-scored.jsonl"]
+
+
+def test_the_backbone_as_bi_encoder(folder):
+    taught = StageConfig("taught", "stage.yaml", init="backbone", teacher="bi_encoder")
+    steps = plan(folder, pipeline(taught, backbone="a/b", bi_encoder=BiEncoderConfig(), pretrain=None))
+    assert option(steps["bi_encoder-docs"], "--model") == "a/b"
+    assert option(steps["bm25-products"], "--negatives") == "work/bm25/negatives.jsonl"
+    with pytest.raises(InputError, match="'model: backbone' needs a backbone"):
+        pipeline(taught, bi_encoder=BiEncoderConfig())
+
+
+@pytest.mark.parametrize("stage", [StageConfig("x", "stage.yaml", teacher="bi_encoder"),
+                                   StageConfig("x", "stage.yaml", negatives="bi_encoder"),
+                                   StageConfig("x", "stage.yaml", negatives=("bm25", "bi_encoder"))])
+def test_a_bi_encoder_that_is_not_there_is_refused(stage):
+    with pytest.raises(InputError, match="x names the bi_encoder, and there is no section of that name"):
+        pipeline(stage)
+
+
 @pytest.mark.parametrize("stages, reranker, reason", [
     ((THREE,), None, "three has a teacher that is not there yet"),
     ((ONE, StageConfig("early", "stage.yaml", teacher="reranker"), TWO), RerankerConfig(negatives="two"), "early has"),
     ((ONE,), RerankerConfig(negatives="two"), "'two' is neither bm25 nor a stage"),
     ((ONE, TWO), RerankerConfig(negatives="one", init="two"), "starts from 'two', which is not an earlier step"),
     ((StageConfig("reranker", "stage.yaml"),), None, "the name 'reranker' is taken"),
+    ((StageConfig("bi_encoder", "stage.yaml"),), None, "the name 'bi_encoder' is taken"),
 ])
 def test_a_reranker_that_comes_too_late_is_refused(stages, reranker, reason):
     with pytest.raises(InputError, match=reason):
@@ -579,6 +629,20 @@ def test_the_row_of_the_reranked_run(figures, source):
     write_json(work / "reranker" / "run.json", {"queries_per_second": None})
     text = report.table(report.collect(dataclasses.replace(figures, reranker=RerankerConfig(negatives=source))))
     assert next(line for line in text.splitlines() if "rerank" in line).endswith(" – |")
+
+
+def test_the_row_of_the_bi_encoder(figures):
+    folder = Path(figures.work) / "bi_encoder"
+    write_json(folder / "metrics.json", {"means": dict.fromkeys(report.MEASURES, 0.5)})
+    write_json(folder / "run.json", {"queries_per_second": 77.0})
+    for name in ("vectors-docs", "vectors-dev"):
+        with artifact.create(folder / name, "dense") as draft:
+            draft.extra["dimensions"] = 384
+    (folder / "index").mkdir()
+    (folder / "index" / "x").write_bytes(b"\0" * 1_500_000)
+    lines = report.table(report.collect(dataclasses.replace(figures, bi_encoder=BiEncoderConfig("e/e")))).splitlines()
+    cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
+    assert cells == ["bi_encoder", *["0.5000"] * 4, "–", "–", "–", "1.5", "77"] and len(lines) == 5
 
 
 def test_a_teacher_that_is_worse_than_its_student_is_named(figures):

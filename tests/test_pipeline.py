@@ -119,3 +119,25 @@ def test_a_cycle_with_a_reranker(beir_dir, tmp_path):
     assert rows and all(len(row.scores) == len(row.negatives) <= 4 and row.positives for row in rows)
     again = run(["launch/pipeline.py", str(tmp_path)])
     assert all(f"] {name}: finished before" in again for name in steps)
+
+
+@pytest.mark.slow
+def test_a_cycle_with_a_bi_encoder(beir_dir, tmp_path):
+    """Its ranking is measured and mined, and its scores are in what the stage learns from."""
+    pytest.importorskip("faiss", reason="faiss is absent: no dense index")
+    write_recipes(tmp_path, beir_dir)
+    pipeline, stage = tmp_path / "pipeline.yaml", tmp_path / "stage.yaml"
+    content = yaml.safe_load(pipeline.read_text(encoding="utf-8"))
+    content |= {"stages": [{"name": "taught", "recipe": "stage.yaml", "mine_depth": 5, "negatives": "bi_encoder",
+                            "teacher": "bi_encoder"}],
+                "bi_encoder": {"model": str(tmp_path / "work" / "pretrain" / "model"), "score_depth": 4}}
+    pipeline.write_text(yaml.safe_dump(content), encoding="utf-8")
+    recipe = yaml.safe_load(stage.read_text(encoding="utf-8")) | {"loss": {"distillation": "kl"}}
+    stage.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    run(["launch/pipeline.py", str(tmp_path)])
+    work = tmp_path / "work"
+    table = (work / "results.md").read_text(encoding="utf-8").splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["BM25", "bi_encoder", "taught"]
+    rows = list(read_negatives(work / "bi_encoder" / "bi_encoder-scored.jsonl"))
+    assert rows and all(row.positives and -20 <= min(row.scores) <= max(row.scores) <= 20 for row in rows)
+    assert all(row.scores == sorted(row.scores, reverse=True) for row in rows), "the order of its own ranking"

@@ -9,6 +9,7 @@ from lexmae.config import require
 
 ENGINES = ("exact", "anserini", "seismic")  # those of sparse vectors
 RERANKER, RERANKED = "reranker", "rerank"  # the cross-encoder's folder, and the row of what it reranks
+BI_ENCODER = "bi_encoder"  # folder and row of a sentence encoder
 
 
 def _require_name(name: str) -> None:
@@ -45,10 +46,11 @@ class StageConfig:
         recipe: recipe file, relative to the pipeline's.
         init: ``pretrain``, the name of an earlier stage, or ``backbone``: the pipeline's backbone, without
             pre-training.
-        negatives: ``bm25``, the name of an earlier stage, or a file of negatives; or several of them, in the order of
-            the recipe's ``negatives.sources``, whose paths they are.
+        negatives: ``bm25``, ``bi_encoder``, the name of an earlier stage, or a file of negatives; or several of them,
+            in the order of the recipe's ``negatives.sources``, whose paths they are.
         mine_depth: depth of the lists of negatives that are mined for it.
-        teacher: ``reranker``: its negatives carry the scores of the pipeline's cross-encoder.
+        teacher: ``reranker`` or ``bi_encoder``: its negatives carry the scores of the pipeline's cross-encoder, or of
+            its bi-encoder.
     """
 
     name: str
@@ -63,7 +65,7 @@ class StageConfig:
         require(bool(self.negatives), "negatives: at least one source is needed")
         require(len(set(self.sources)) == len(self.sources), "negatives: a source is named once")
         require(self.mine_depth >= 1, "mine_depth: at least 1 is needed")
-        require(self.teacher in (None, RERANKER), f"teacher: '{RERANKER}', or none")
+        require(self.teacher in (None, RERANKER, BI_ENCODER), f"teacher: '{RERANKER}', '{BI_ENCODER}', or none")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -99,6 +101,30 @@ class RerankerConfig:
     def sources(self) -> tuple[str, ...]:
         """As of a stage: one."""
         return (self.negatives,)
+
+
+@dataclass(frozen=True)
+class BiEncoderConfig:
+    """A sentence encoder, which is not trained: it is measured, its ranking can be mined, and stages can learn from it.
+
+    It reads the texts with the pipeline's tokenizer.
+
+    Attributes:
+        model: hub name or folder, or ``backbone``: the pipeline's backbone.
+        representation: ``mean`` or ``cls``, as of ``tools/encode.py``.
+        scale: factor of its dot products where they teach; cosines between -1 and 1 need one of about 20.
+        score_depth: how many negatives of each query are scored for a stage that it teaches.
+    """
+
+    model: str = "backbone"
+    representation: str = "mean"
+    scale: float = 20.0
+    score_depth: int = 200
+
+    def __post_init__(self):
+        require(self.representation in ("mean", "cls"), "representation: 'mean' or 'cls'")
+        require(0 < self.scale < float("inf"), "scale: above 0 is needed")
+        require(self.score_depth >= 1, "score_depth: at least 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -167,6 +193,7 @@ class PipelineRecipe:
             step, and of ``prepare.tokenizer`` where that is not given.
         pretrain: recipe of pre-training, none without it.
         reranker: the cross-encoder, none without it.
+        bi_encoder: a sentence encoder that is there already, none without it.
         builtin_passages: most passages of the built-in corpus.
     """
 
@@ -177,20 +204,25 @@ class PipelineRecipe:
     pretrain: str | None = "pretrain.yaml"
     stages: tuple[StageConfig, ...] = ()
     reranker: RerankerConfig | None = None
+    bi_encoder: BiEncoderConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     builtin_passages: int | None = None
 
     def __post_init__(self):
         require(self.prepare.tokenizer or self.prepare.train_tokenizer or self.backbone,
                 "prepare: tokenizer or train_tokenizer is needed, or a backbone that brings its own")
+        require(self.bi_encoder is None or self.bi_encoder.model != "backbone" or self.backbone,
+                "bi_encoder: 'model: backbone' needs a backbone")
         known = {"pretrain", "backbone"}  # without pre-training, it stands for the stage recipe's own weights
         trained = self._check_reranker(known)
         for stage in self.stages:
-            taken = known | {"bm25", "corpus", "shards", "zero-shot", RERANKER, RERANKED}
+            taken = known | {"bm25", "corpus", "shards", "zero-shot", RERANKER, RERANKED, BI_ENCODER}
             require(stage.name not in taken, f"stages: the name '{stage.name}' is taken")
             require(stage.init in known,
                         f"stages: {stage.name} starts from '{stage.init}', which is not an earlier step")
-            require(stage.teacher is None or trained,
+            require(self.bi_encoder or BI_ENCODER not in (stage.teacher, *stage.sources),
+                    f"stages: {stage.name} names the bi_encoder, and there is no section of that name")
+            require(stage.teacher != RERANKER or trained,
                     f"stages: {stage.name} has a teacher that is not there yet: the reranker is trained behind "
                     f"'{self.reranker.negatives if self.reranker else 'nothing'}'")
             known.add(stage.name)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lexmae import artifact, recipe
 from lexmae.config import FinetuneRecipe, PretrainRecipe, RerankRecipe
-from lexmae.cycle.config import RERANKED, RERANKER, PipelineRecipe, RerankerConfig, StageConfig
+from lexmae.cycle.config import BI_ENCODER, RERANKED, RERANKER, PipelineRecipe, RerankerConfig, StageConfig
+from lexmae.cycle.steps import Step, Target
 from lexmae.errors import InputError
 from lexmae.train import hardware
 
@@ -16,63 +16,6 @@ TEACHER_MEASURED = f"{RERANKED}-evaluate"
 """The step after which `report.doubt` knows whether the cross-encoder can teach."""
 _SPARE_HITS = 50  # retrieved beyond the depth of negatives, since judged positives are dropped
 _SPARE_PASSAGES = 500  # the same where documents are split: every passage of a judged document is dropped
-
-
-@dataclass(frozen=True)
-class Target:
-    """Something that every stage is measured on.
-
-    Attributes:
-        name: in the results; empty for the pipeline's own split.
-        folder: below a stage's folder, where what is measured lies.
-        text: the collection.
-        shards: its shards.
-        split: its queries.
-    """
-
-    name: str
-    folder: str
-    text: Path
-    shards: Path
-    split: str
-
-    @property
-    def infix(self) -> str:
-        """What it adds to the names of steps."""
-        return f"-{self.name}" if self.name else ""
-
-    @property
-    def qrels(self) -> Path:
-        """Its judgements, as the shards keep them."""
-        return self.shards / "qrels" / f"{self.split}.tsv"
-
-    @property
-    def file(self) -> str:
-        """What it adds to the names of files beside those of the pipeline's own split."""
-        return "" if self.folder or not self.name else f"-{self.split}"
-
-
-@dataclass
-class Step:
-    """One command of the cycle.
-
-    Attributes:
-        name: what ``--until`` takes.
-        command: script and arguments.
-        output: what it makes, a file or a folder.
-        inputs: files and folders whose content decides whether it has to run again.
-        settings: further content that decides so.
-        trains: whether it runs on all ranks through the deepspeed launcher.
-        resumes: whether unfinished output is kept for it to go on with.
-    """
-
-    name: str
-    command: list[str]
-    output: Path
-    inputs: list[Path] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    trains: bool = False
-    resumes: bool = False
 
 
 class Plan:
@@ -103,6 +46,9 @@ class Plan:
             self._add_training("pretrain", "launch/pretrain.py", folder / config.pretrain, PretrainRecipe, backbone, [])
         self._mined: list[StageConfig | RerankerConfig] = [*config.stages, *filter(None, [config.reranker])]
         self._add_bm25()
+        if config.bi_encoder:
+            for target in self.targets:
+                self._add_measuring(BI_ENCODER, target)
         self._add_reranker("bm25")
         for stage in config.stages:
             self._add_stage(stage)
@@ -219,7 +165,7 @@ class Plan:
         """The file of negatives of a stage or the reranker, mined with an earlier stage's model where it names one."""
         if source == "bm25":
             return self.work / "bm25" / "negatives.jsonl"
-        if source not in self._stages_done:
+        if source not in self._rankings:
             path = Path(source)
             if not path.is_file():
                 raise InputError(f"no such file, and no earlier stage of that name (stage {user})", path)
@@ -235,6 +181,11 @@ class Plan:
         return self._add(f"{source}-negatives", [
             "tools/mine.py", "--run", str(run), "--qrels", str(self.qrels(split)), "--depth", str(depth),
             "--output", str(output), *(["--passages"] if passages else [])], output, [run, self.shards])
+
+    @property
+    def _rankings(self) -> list[str]:
+        """Whose rankings can be mined, besides BM25's."""
+        return [*self._stages_done, *([BI_ENCODER] if self.config.bi_encoder else [])]
 
     def _init(self, name: str) -> str | None:
         """What a training starts from: an earlier step's model, the backbone, or None for what its recipe says."""
@@ -296,11 +247,23 @@ class Plan:
         negatives = self._negatives(source, stage.name)
         if stage.teacher is None:
             return negatives
-        if source not in ("bm25", *self._stages_done):  # a file
+        if source not in ("bm25", *self._rankings):  # a file
             source = f"{stage.name}-{position}" if position else stage.name
+        if stage.teacher == BI_ENCODER:
+            return self._add_products(source, negatives)
         folder = self.work / RERANKER
         return self._add_scoring(f"{source}-scores", folder / "model", self._training, ["--negatives", str(negatives)],
                                  folder / f"{source}.jsonl", self.config.reranker.score_depth, [])
+
+    def _add_products(self, source: str, negatives: Path) -> Path:
+        """A file of negatives with the scores of the bi-encoder."""
+        teacher, folder, split = self.config.bi_encoder, self.work / BI_ENCODER, self._training.split
+        queries = self._add_encode(f"{BI_ENCODER}-{split}-encode", BI_ENCODER, "queries", self._training)
+        docs, output = folder / "vectors-docs", folder / f"{source}-scored.jsonl"
+        return self._add(f"{source}-products", [
+            "tools/score.py", "--vectors", str(docs), str(queries), "--scale", str(teacher.scale), "--data",
+            str(self.shards), "--split", split, "--negatives", str(negatives), "--depth", str(teacher.score_depth),
+            "--output", str(output)], output, [docs, queries, self.shards, negatives])
 
     def _add_stage(self, stage: StageConfig) -> None:
         negatives = [self._taught(stage, position) for position in range(len(stage.sources))]
@@ -310,13 +273,14 @@ class Plan:
         self._stages_done.append(stage.name)
 
     def _add_measuring(self, model: str, target: Target) -> None:
-        """Encode, index, search and evaluate with a stage's model."""
+        """Encode, index, search and evaluate with the model of a stage, or with the bi-encoder."""
         folder, infix = self.work / model / target.folder, target.infix
         docs = self._add_encode(f"{model}{infix}-docs", model, "docs", target)
         queries = self._add_encode(f"{model}{infix}-queries", model, "queries", target)
+        engine = "faiss" if model == BI_ENCODER else self.config.evaluation.engine
         index = self._add(f"{model}{infix}-index", [
-            "tools/index.py", "--vectors", str(docs), "--engine", self.config.evaluation.engine, "--output",
-            str(folder / "index")], folder / "index", [docs])
+            "tools/index.py", "--vectors", str(docs), "--engine", engine, "--output", str(folder / "index")],
+            folder / "index", [docs])
         run = self._add_search(f"{model}{infix}-search", queries, index, self._run(model, target),
                                self.config.evaluation.hits, documents=self.config.prepare.split_documents)
         self._add_evaluation(model, run, target, self._stages_done[-1] if self._stages_done else "bm25")
@@ -327,11 +291,17 @@ class Plan:
         return [] if wanted is None else ["--batch-tokens", str(wanted)]
 
     def _add_encode(self, name: str, model: str, side: str, target: Target) -> Path:
-        evaluation, folder = self.config.evaluation, self.work / model
+        evaluation, folder, teacher = self.config.evaluation, self.work / model, self.config.bi_encoder
         output = folder / target.folder / ("vectors-docs" if side == "docs" else f"vectors-{target.split}")
-        command = ["tools/encode.py", "--model", str(folder / "model"), "--data", str(target.shards), "--side", side,
+        path = str(folder / "model")
+        if model == BI_ENCODER:
+            path = self.config.backbone if teacher.model == "backbone" else teacher.model
+        command = ["tools/encode.py", "--model", path, "--data", str(target.shards), "--side", side,
                    "--output", str(output), *self._batch_tokens]
         command += ["--split", target.split] if side == "queries" else []
+        if model == BI_ENCODER:
+            command += ["--representation", teacher.representation]
+            return self._add(name, command, output, [target.shards], trains=True, resumes=True)
         top_k = evaluation.top_k_docs if side == "docs" else evaluation.top_k_queries
         command += ["--top-k", str(top_k)] if top_k else []
         return self._add(name, command, output, [folder / "model", target.shards], trains=True, resumes=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lexmae import artifact
-from lexmae.cycle.config import RERANKED, RERANKER, PipelineRecipe
+from lexmae.cycle.config import BI_ENCODER, RERANKED, RERANKER, PipelineRecipe
 
 MEASURES = ("MRR@10", "nDCG@10", "Recall@100", "Recall@1000")
 _TESTED = "MRR@10"
@@ -36,7 +36,8 @@ def collect_further(config: PipelineRecipe) -> dict[str, Rows]:
 def _folders(config: PipelineRecipe) -> dict[str, str]:
     """The rows of a table and the folders of their figures; the cross-encoder stands behind what it reranks."""
     found = {}
-    for row, folder in (("BM25", "bm25"), *((stage.name, stage.name) for stage in config.stages)):
+    teacher = [(BI_ENCODER, BI_ENCODER)] if config.bi_encoder else []
+    for row, folder in (("BM25", "bm25"), *teacher, *((stage.name, stage.name) for stage in config.stages)):
         found[row] = folder
         if config.reranker is not None and config.reranker.negatives == folder:
             found[RERANKED] = RERANKER
@@ -54,8 +55,8 @@ def _costs(config: PipelineRecipe, name: str, before: Rows) -> dict[str, Any]:
         first = list(before.values())[-1]
         pair = 1 / (1 / first["queries_per_second"] + 1 / rate) if rate and first["queries_per_second"] else None
         return {"index_bytes": first["index_bytes"], "queries_per_second": pair}
-    return {"terms_docs": artifact.read(folder / "vectors-docs").extra["mean_active"],
-            "terms_queries": artifact.read(folder / f"vectors-{config.evaluation.split}").extra["mean_active"],
+    return {"terms_docs": artifact.read(folder / "vectors-docs").extra.get("mean_active"),  # dense ones have none
+            "terms_queries": artifact.read(folder / f"vectors-{config.evaluation.split}").extra.get("mean_active"),
             "index_bytes": sum(p.stat().st_size for p in (folder / "index").rglob("*") if p.is_file()),
             "queries_per_second": rate}
 
@@ -78,7 +79,7 @@ def _measures(work: Path, path: str) -> dict[str, Any]:
 
 def doubt(config: PipelineRecipe) -> str | None:
     """What to say of a cross-encoder that orders worse than what it reranks, where stages are to learn from it."""
-    taught = [stage.name for stage in config.stages if stage.teacher is not None]
+    taught = [stage.name for stage in config.stages if stage.teacher == RERANKER]
     if config.reranker is None or not taught:
         return None
     against = _measures(Path(config.work), f"{RERANKER}/metrics.json").get("against")

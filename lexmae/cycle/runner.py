@@ -17,7 +17,7 @@ import psutil
 
 from lexmae import artifact, cli
 from lexmae.checked import read_json
-from lexmae.cycle.plan import Step
+from lexmae.cycle.steps import Step
 from lexmae.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
