@@ -70,13 +70,13 @@ class Manifest:
     fingerprint: str
     sizes: Mapping[str, int] = field(default_factory=dict)
 
-    def fact(self, name: str, kind: type, section: str = "extra") -> Any:
-        """One of the facts of ``extra`` (or ``counts``), checked to be of a type.
+    def fact(self, name: str, kind: type, section: str = "extra", default: Any = None) -> Any:
+        """One of the facts of ``extra`` (or ``counts``, ``config``), checked to be of a type.
 
         Raises:
-            InputError: the manifest does not have it, or it is of another type.
+            InputError: the manifest does not have it and there is no ``default``, or it is of another type.
         """
-        value = getattr(self, section).get(name)
+        value = getattr(self, section).get(name, default)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise InputError(f"{section}: '{name}' is missing or not of the type {kind.__name__}", self.path / MANIFEST)
         return value

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from launching import reseal
 
 from lexmae import artifact
 from lexmae.errors import InputError
@@ -150,6 +151,16 @@ def test_refusals(work, names):
     with pytest.raises(InputError, match="only exact ones can be changed"):
         updates.compact(work / "lucene")
     assert len(engines.open_index(work / "i")) == 400
+
+
+@pytest.mark.parametrize(("section", "name", "value"), [
+    ("extra", "engine", 7), ("extra", "vectors", 2.0), ("config", "top_k", "many"), ("extra", "history", "long")])
+def test_facts_of_another_type_are_named(work, section, name, value):
+    """Of a manifest whose own checksum is right."""
+    reseal(work / "i", lambda record: record[section].update({name: value}))
+    with pytest.raises(InputError, match=f"{section}: '{name}' is missing or not of the type"):
+        engines.open_index(work / "i").search(SparseVectors.open(work / "second"), 3)
+        updates.add(work / "i", work / "second")
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -71,7 +71,7 @@ class AnseriniIndex:
         self.path = path
         self.vocabulary = read_vocabulary(path)
         self.log = ""
-        self._heaviest: int = artifact.read(path).extra["heaviest"]
+        self._heaviest: int = artifact.read(path).fact("heaviest", int)
 
     def search(self, queries: SparseVectors, hits: int, threads: int) -> Run:
         """The ``hits`` best documents of every query.

@@ -86,7 +86,7 @@ class Index:
         self._agreed: list[str] | None = None  # the vocabulary last found equal: comparing takes longer than a query
 
     def __len__(self) -> int:
-        return self.manifest.counts["rows"]
+        return self.manifest.fact("rows", int, "counts")
 
     @property
     def approximate(self) -> bool:
@@ -147,7 +147,7 @@ class Index:
                              f"{sparse.vocabularies_differ(self._searcher.vocabulary, queries.vocabulary)} in that of "
                              "the queries", self.manifest.path)
         self._agreed = getattr(queries, "vocabulary", None)
-        checks.refuse_other_making(self.manifest.extra.get("vectors", {}), queries.extra, self.manifest.path)
+        checks.refuse_other_making(self.manifest.fact("vectors", dict, default={}), queries.extra, self.manifest.path)
 
     def _check_dense(self, queries: DenseVectors) -> None:
         if self._searcher.dimensions != queries.dimensions:

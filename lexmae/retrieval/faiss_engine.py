@@ -77,7 +77,7 @@ class FaissIndex:
         self._faiss = _faiss()
         self.effort = 1.0
         self.ids = dense.read_ids(path / dense.IDS)
-        self.kind: str = artifact.read(path).extra["kind"]
+        self.kind: str = artifact.read(path).fact("kind", str)
         try:
             self._index = self._faiss.read_index(str(path / _FILE))
         except RuntimeError as error:

@@ -132,7 +132,7 @@ def _product(docs: Vectors, queries: Vectors, docs_path: str | Path,
         raise InputError(f"its vocabulary is another: {vocabularies_differ(docs.vocabulary, queries.vocabulary)} in "
                          "that of the queries", docs_path)
     matrix, asked = docs.to_scipy(), np.zeros(docs.n_terms)
-    unit = float(docs.extra.get("scale", SCALE)) * float(queries.extra.get("scale", SCALE))
+    unit = _scale(docs, docs_path) * _scale(queries, queries_path)
 
     def of_sparse(query: str, names: list[str]) -> np.ndarray:
         row, wanted = rows(query, names)
@@ -143,3 +143,11 @@ def _product(docs: Vectors, queries: Vectors, docs_path: str | Path,
         return found
 
     return of_sparse
+
+
+def _scale(vectors: SparseVectors, path: str | Path) -> float:
+    """What the weights were multiplied by when they became whole numbers."""
+    value = vectors.extra.get("scale", SCALE)
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise InputError(f"scale: a number above 0 is needed, not {value!r}", path)
+    return float(value)

@@ -64,15 +64,15 @@ class SeismicIndex:
 
     def __init__(self, path: Path):
         seismic = _seismic()
-        extra = artifact.read(path).extra
+        manifest = artifact.read(path)
         self.ids = dense.read_ids(path / dense.IDS)
         self.vocabulary = read_vocabulary(path)
         self.effort = 1.0
-        self._unit: int = extra["unit"]
+        self._unit: int = manifest.fact("unit", int)
         self._text = seismic.get_seismic_string()
         try:
             with _silent():
-                self._index = _classes(seismic, extra["wide"])[1].load(str(path / f"{_FILE}{_SUFFIX}"))
+                self._index = _classes(seismic, manifest.fact("wide", bool))[1].load(str(path / f"{_FILE}{_SUFFIX}"))
         except Exception as error:
             raise InputError(f"Seismic cannot read it: {error}", path / f"{_FILE}{_SUFFIX}") from error
 

@@ -46,7 +46,7 @@ def _add(index: Path, vectors: str | Path, threads: int | None) -> artifact.Mani
         name = new.id_array[pc.index(known, True).as_py()]
         raise InputError(f"the document '{name}' is in {index} already; delete it first to replace it", vectors)
     if manifest.config.get("top_k") is not None:
-        new = new.pruned(manifest.config["top_k"])
+        new = new.pruned(manifest.fact("top_k", int, "config"))
     with _revision(manifest, lambda name: True, inputs={"vectors": vectors},
                    change={"added": len(new), "vectors": new.fingerprint}) as draft:
         folders = sorted(index.glob("segment-*"))
@@ -111,8 +111,8 @@ def _compact(index: Path, threads: int | None) -> artifact.Manifest:
 
 def _read(index: Path) -> artifact.Manifest:
     manifest = verification.opened(index, KIND)
-    if manifest.extra["engine"] != "exact":
-        raise InputError(f"is an index of the engine {manifest.extra['engine']}; only exact ones can be changed", index)
+    if (engine := manifest.fact("engine", str)) != "exact":
+        raise InputError(f"is an index of the engine {engine}; only exact ones can be changed", index)
     return manifest
 
 
@@ -121,7 +121,7 @@ def _check_same_encoder(manifest: artifact.Manifest, new: StoredVectors, path: s
         raise InputError("the vocabulary differs: "
                          f"{vocabularies_differ(new.vocabulary, read_vocabulary(manifest.path))} in {manifest.path}",
                          path)
-    made = manifest.extra.get("vectors", {})
+    made = manifest.fact("vectors", dict, default={})
     for key in ("tokenizer_hash", "scale", "max_length"):
         if made.get(key) is not None and new.extra.get(key) not in (None, made[key]):
             raise InputError(f"the {key} is {new.extra[key]}, that of {manifest.path} is {made[key]}", path)
@@ -131,7 +131,7 @@ def _check_same_encoder(manifest: artifact.Manifest, new: StoredVectors, path: s
 def _revision(manifest: artifact.Manifest, keep: Callable[[str], bool], *, inputs: dict, change: dict
               ) -> Iterator[artifact.Draft]:
     """A draft that replaces the index: begins with its facts and hard links to those of its files that ``keep``."""
-    history = [*manifest.extra.get("history", [{"built": dict(manifest.inputs)}]), change]
+    history = [*manifest.fact("history", list, default=[{"built": dict(manifest.inputs)}]), change]
     with artifact.create(manifest.path, KIND, inputs=inputs, config=manifest.config, overwrite=True) as draft:
         draft.counts.update(manifest.counts)
         draft.extra.update({**manifest.extra, "history": history})
