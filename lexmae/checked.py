@@ -16,7 +16,8 @@ from lexmae.errors import InputError
 
 _HEADER = 1 << 12  # bytes; numpy writes 128
 _NPY = re.compile(rb"\x93NUMPY(?:\x01\x00..|[\x02\x03]\x00....)\{'descr': '(?P<type>[<>|=]?\w{1,8})', "
-                  rb"'fortran_order': False, 'shape': \((?P<shape>(?:[0-9]{1,18},? ?){0,8})\), \} *\n", re.DOTALL)
+                  rb"'fortran_order': False, 'shape': "
+                  rb"\((?P<shape>(?:[0-9]{1,18},|[0-9]{1,18}(?:, [0-9]{1,18}){1,7})?)\), \} *\n", re.DOTALL)
 
 _ARROW = b"ARROW1"
 

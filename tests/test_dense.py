@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,7 +150,7 @@ def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, m
     monkeypatch.setattr(blocks, "ranks", ranks)
     monkeypatch.setattr(blocks, "Hosts", thread_hosts(local, barrier))
     encoder = DenseEncoder.load(model_dir)  # transformers cannot load in several threads at once
-    monkeypatch.setattr(DenseEncoder, "load", lambda *_: encoder)
+    monkeypatch.setattr(DenseEncoder, "load", lambda *_, **__: encoder)
 
     def work(rank: int) -> None:
         local.rank = rank
@@ -159,3 +162,60 @@ def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, m
     assert several.ids == one.ids
     # A product of matrices may round otherwise in another thread.
     np.testing.assert_allclose(several.matrix, one.matrix, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- sentence encoders
+
+
+def sentence_encoder(folder: Path, model_dir: Path, pooling: dict, normalize: bool) -> Path:
+    """A folder as sentence-transformers writes it, around the weights and the tokenizer of a model of ours."""
+    shutil.copytree(model_dir, folder, ignore=shutil.ignore_patterns(
+        artifact.MANIFEST, "modules.json", "config_sentence_transformers.json", "*_*", "README.md"))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (model_dir / name).exists():
+            shutil.copy(model_dir / name, folder / name)
+    kinds = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
+    modules = [{"idx": i, "name": str(i), "path": "" if i == 0 else f"{i}_{kind}",
+                "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16, **pooling}))
+    if normalize:
+        (folder / "2_Normalize").mkdir()
+    return folder
+
+
+MEAN = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+CLS = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+
+
+@pytest.mark.parametrize(("representation", "pooling", "normalize"), [
+    ("mean", MEAN, True), ("mean", MEAN, False), ("cls", CLS, True), ("cls", CLS, False)])
+def test_sentence_transformers_gives_the_same_vectors(model_dir, shards_dir, tiny_shards, beir_dir, tmp_path,
+                                                      representation, pooling, normalize):
+    peer = pytest.importorskip("sentence_transformers", reason="sentence-transformers is absent")
+    folder = sentence_encoder(tmp_path / "model", model_dir, pooling, normalize)
+    encode_dense.encode(folder, shards_dir, tmp_path / "v", EncodeConfig("queries", "dev"), representation)
+    found = DenseVectors.open(tmp_path / "v", "queries")
+    texts = {query["_id"]: query["text"] for query in map(json.loads, (beir_dir / "queries.jsonl").open())}
+    other = peer.SentenceTransformer(str(folder), device="cpu")
+    other.max_seq_length = tiny_shards.manifest.extra["query_length"]
+    expected = other.encode([texts[name] for name in found.ids])
+    np.testing.assert_allclose(found.matrix, expected, atol=1e-5)
+    lengths = np.linalg.norm(found.matrix, axis=1)
+    assert np.allclose(lengths, 1, atol=1e-5) == normalize
+
+
+def test_a_sentence_encoder_is_pooled_in_its_own_way(model_dir, shards_dir, tmp_path):
+    mean = sentence_encoder(tmp_path / "mean", model_dir, MEAN, True)
+    for representation in ("cls", "bottleneck"):
+        with pytest.raises(InputError, match=f"pools its tokens by mean, not by {representation}"):
+            encode_dense.encode(mean, shards_dir, tmp_path / "v", DOCS, representation)
+    newer = sentence_encoder(tmp_path / "newer", model_dir, {"pooling_mode": "cls"}, True)
+    with pytest.raises(InputError, match="pools its tokens by cls, not by mean"):
+        encode_dense.encode(newer, shards_dir, tmp_path / "v", DOCS, "mean")
+    modules = json.loads((mean / "modules.json").read_text())
+    (mean / "modules.json").write_text(json.dumps([*modules, {"idx": 3, "name": "3", "path": "3_Dense",
+                                                              "type": "sentence_transformers.models.Dense"}]))
+    with pytest.raises(InputError, match="Transformer → Pooling → Normalize → Dense, which is not computed here"):
+        encode_dense.encode(mean, shards_dir, tmp_path / "v", DOCS, "mean")

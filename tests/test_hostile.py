@@ -256,6 +256,9 @@ def test_arrays(tmp_path):
     (tmp_path / "a.npy").write_bytes(header + bytes(16))
     with pytest.raises(InputError, match="is not as long as an array of"):
         checked.read_array(tmp_path / "a.npy", np.int64)
+    (tmp_path / "a.npy").write_bytes(header.replace(b"(999999999999,)", b"(2 " + b"0" * 80 + b"x"))  # in no time
+    with pytest.raises(InputError, match="not an array in C order"):
+        checked.read_array(tmp_path / "a.npy", np.int64)
     np.save(tmp_path / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="not an array"):
         checked.read_array(tmp_path / "a.npy", object)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lexmae.errors import InputError
-from lexmae.model import backbone, lexicon
+from lexmae.model import backbone, foreign, lexicon
 from lexmae.model.head import max_logits
 
 REPRESENTATIONS = ("bottleneck", "cls", "mean")
@@ -25,18 +25,19 @@ class DenseEncoder(nn.Module):
     Args:
         lm: the masked language model.
         representation: `bottleneck`, what the decoder of pre-training reads, or `cls`, the last hidden state of the
-            first token, or `mean`, that of all tokens on average, of length 1: what most sentence encoders are trained
-            for (Reimers and Gurevych, EMNLP 2019).
+            first token, or `mean`, that of all tokens on average (sentence encoders: Reimers and Gurevych, EMNLP 2019).
         head: implementation of the pooled head, see `head.max_logits`.
+        unit: scale vectors to length 1.
     """
 
-    def __init__(self, lm: PreTrainedModel, representation: str = "bottleneck", head: str = "auto"):
+    def __init__(self, lm: PreTrainedModel, representation: str = "bottleneck", head: str = "auto", unit: bool = False):
         super().__init__()
         if representation not in REPRESENTATIONS:
             raise InputError(f"unknown representation '{representation}': known are {', '.join(REPRESENTATIONS)}")
         self.lm = lm
         self.representation = representation
         self.head = head
+        self.unit = unit
 
     @property
     def dimensions(self) -> int:
@@ -55,25 +56,30 @@ class DenseEncoder(nn.Module):
         `text_mask` is true at text tokens, neither special nor padding.
         """
         hidden = backbone.hidden_states(self.lm, input_ids, attention_mask, token_type_ids)  # [B, L, H]
+        vectors = self._pool(hidden, attention_mask, text_mask)
+        return nn.functional.normalize(vectors, dim=-1) if self.unit else vectors
+
+    def _pool(self, hidden: Tensor, attention_mask: Tensor, text_mask: Tensor) -> Tensor:
         if self.representation == "cls":
             return hidden[:, 0].float()
         if self.representation == "mean":
             weights = attention_mask.unsqueeze(-1).float()
-            mean = (hidden.float() * weights).sum(1) / weights.sum(1).clamp_min(1)
-            return nn.functional.normalize(mean, dim=-1)
+            return (hidden.float() * weights).sum(1) / weights.sum(1).clamp_min(1)
         weight, bias = backbone.output_matrix(self.lm)
         pooled = max_logits(backbone.transform(self.lm, hidden), weight, bias, text_mask, self.head)  # [B, V]
-        with torch.autocast(input_ids.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             return lexicon.bottleneck(pooled, backbone.word_embeddings(self.lm))
 
     @classmethod
-    def load(cls, init: str | Path, representation: str = "bottleneck", head: str = "auto", **kw: Any) -> DenseEncoder:
-        """From a folder or a hub name; see `backbone.load_masked_lm` for keywords and errors.
+    def load(cls, init: str | Path, representation: str = "bottleneck", head: str = "auto", side: str = "docs",
+             **kw: Any) -> DenseEncoder:
+        """From a folder or a hub name; see `backbone.load_masked_lm` and `foreign.dense_plan` for keywords and errors.
 
         `cls` and `mean` do not read the LM head, so that a sentence encoder without one will do.
         """
+        chosen, unit = foreign.dense_plan(init, side, representation)
         if representation in ("cls", "mean"):
-            lm, _ = backbone.load_masked_lm_with_new(str(init), **kw)
+            lm, _ = backbone.load_masked_lm_with_new(chosen.init, chosen.subfolder, **kw)
         else:
-            lm = backbone.load_masked_lm(str(init), **kw)
-        return cls(lm, representation, head)
+            lm = backbone.load_masked_lm(chosen.init, chosen.subfolder, **kw)
+        return cls(lm, representation, head, unit)

@@ -115,6 +115,36 @@ def plan(init: str | Path, side: str) -> Plan:
     return _from_modules(init, side, _route(init, modules, side), settings.get("max_active_dims"))
 
 
+def dense_plan(init: str | Path, side: str, representation: str) -> tuple[Plan, bool]:
+    """What a folder or hub name says about dense vectors, and whether they are scaled to length 1.
+
+    A sentence encoder (`Transformer`, `Pooling`, perhaps `Normalize`) has to be pooled by its own way; of other
+    folders only `mean` is scaled.
+
+    Args:
+        representation: `bottleneck`, `cls` or `mean`.
+
+    Raises:
+        InputError: as `plan`; or the folder pools its texts in another way.
+    """
+    init = str(init)
+    modules = None if artifact.exists(init) else _read_json(init, "modules.json")
+    route = [] if modules is None else _route(init, modules, side)
+    kinds = [kind for kind, _ in route]
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+        return plan(init, side), representation == "mean"
+    _refuse_prompt(init, side)
+    config = _read_json(init, _join(route[1][1], "config.json")) or {}
+    ways = {name.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
+            for name, on in config.items() if name.startswith("pooling_mode_") and on is True}
+    if isinstance(config.get("pooling_mode"), str):
+        ways = {config["pooling_mode"]}
+    if ways and ways != {representation}:
+        raise InputError(f"is a sentence encoder that pools its tokens by {' and '.join(sorted(ways))}, not by "
+                         f"{representation}", init)
+    return Plan(init, route[0][1]), len(kinds) == 3
+
+
 def load_static(chosen: Plan) -> StaticEncoder:
     """The encoder of a plan with a table."""
     assert chosen.table is not None

@@ -84,12 +84,13 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         hosts.barrier()
 
 
-def open_inputs(model: str | Path, shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards, str | None]:
+def open_inputs(model: str | Path, shards: str | Path, config: EncodeConfig,
+                representation: str = "lexicon") -> tuple[TokenTable, Shards, str | None]:
     """The texts to encode, their shards, and the fingerprint of a model of ours; refuses what does not fit."""
     table, opened = _open_table(shards, config)
     made_with = opened.refuse_other_tokenizer(model, "model")
     if made_with is None:
-        vocabularies.refuse_other_vocabulary(model, opened, config.side)
+        vocabularies.refuse_other_vocabulary(model, opened, config.side, representation)
     else:
         vocabularies.warn_of_other_length(made_with, opened, config.side)
     return table, opened, made_with and made_with.fingerprint

@@ -39,7 +39,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         raise InputError("top-k and threshold are for lexicon vectors: dense ones have no terms to leave out")
     output = Path(output)
     with together():
-        table, opened, made_with = sparse.open_inputs(model, shards, config)
+        table, opened, made_with = sparse.open_inputs(model, shards, config, representation)
         blocks.refuse_existing(output, overwrite)
     with blocks.ranks() as (rank, world, device), blocks.writing(output, rank, overwrite):
         config = blocks.with_batch_tokens(config, device)
@@ -48,7 +48,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         state = {"model": made_with or str(model), "shards": opened.manifest.fingerprint, "side": config.side,
                  "split": config.split, "representation": representation, "precision": name, "block": sparse.BLOCK}
         partial, there = blocks.open_partial(output, state, hosts)
-        encoder = DenseEncoder.load(model, representation).to(device).eval()
+        encoder = DenseEncoder.load(model, representation, side=config.side).to(device).eval()
         vocabularies.refuse_longer_texts(encoder, table, model)
         own = blocks.own(len(table), sparse.BLOCK, rank, world)
         missing = blocks.missing(own, there, part_name)

@@ -18,13 +18,15 @@ from lexmae.model import backbone, foreign
 _LENGTH = {"docs": "max_length", "queries": "query_length"}
 
 
-def refuse_other_vocabulary(model: str | Path, shards: Shards, side: str) -> None:
+def refuse_other_vocabulary(model: str | Path, shards: Shards, side: str, representation: str = "lexicon") -> None:
     """InputError where an entry of the model's vocabulary differs from that of the shards.
 
     A tokenizer that gives the same entries in another way (lower-casing, say) cannot be told from one that was saved
     by another version, so that is a warning.
     """
-    known = foreign.tokenizer(foreign.plan(model, side))
+    chosen = (foreign.plan(model, side) if representation == "lexicon"
+              else foreign.dense_plan(model, side, representation)[0])
+    known = foreign.tokenizer(chosen)
     where, advice = shards.manifest.path, f"prepare shards with --tokenizer {model}"
     if known is None:
         say(f"warning: {model} has no tokenizer; it is taken to have that of {where}")
