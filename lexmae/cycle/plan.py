@@ -291,20 +291,19 @@ class Plan:
         return [] if wanted is None else ["--batch-tokens", str(wanted)]
 
     def _add_encode(self, name: str, model: str, side: str, target: Target) -> Path:
-        evaluation, folder, teacher = self.config.evaluation, self.work / model, self.config.bi_encoder
-        output = folder / target.folder / ("vectors-docs" if side == "docs" else f"vectors-{target.split}")
-        path = str(folder / "model")
-        if model == BI_ENCODER:
-            path = self.config.backbone if teacher.model == "backbone" else teacher.model
-        command = ["tools/encode.py", "--model", path, "--data", str(target.shards), "--side", side,
-                   "--output", str(output), *self._batch_tokens]
-        command += ["--split", target.split] if side == "queries" else []
-        if model == BI_ENCODER:
-            command += ["--representation", teacher.representation]
-            return self._add(name, command, output, [target.shards], trains=True, resumes=True)
+        output = self.work / model / target.folder / ("vectors-docs" if side == "docs" else f"vectors-{target.split}")
+        evaluation, teacher = self.config.evaluation, self.config.bi_encoder
         top_k = evaluation.top_k_docs if side == "docs" else evaluation.top_k_queries
-        command += ["--top-k", str(top_k)] if top_k else []
-        return self._add(name, command, output, [folder / "model", target.shards], trains=True, resumes=True)
+        if model == BI_ENCODER:
+            path, made = self.config.backbone if teacher.model == "backbone" else teacher.model, []
+            more = ["--representation", teacher.representation]
+        else:
+            path, made = str(self.work / model / "model"), [self.work / model / "model"]
+            more = ["--top-k", str(top_k)] if top_k else []
+        more += ["--split", target.split] if side == "queries" else []
+        command = ["tools/encode.py", "--model", path, "--data", str(target.shards), "--side", side,
+                   "--output", str(output), *self._batch_tokens, *more]
+        return self._add(name, command, output, [*made, target.shards], trains=True, resumes=True)
 
     def _add_search(self, name: str, queries: Path, index: Path, run: Path, hits: int, documents: bool = False) -> Path:
         return self._add(name, ["tools/search.py", "--index", str(index), "--queries", str(queries), "--hits",

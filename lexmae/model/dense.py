@@ -78,8 +78,8 @@ class DenseEncoder(nn.Module):
         `cls` and `mean` do not read the LM head, so that a sentence encoder without one will do.
         """
         chosen, unit = foreign.dense_plan(init, side, representation)
-        if representation in ("cls", "mean"):
-            lm, _ = backbone.load_masked_lm_with_new(chosen.init, chosen.subfolder, **kw)
-        else:
+        if representation == "bottleneck":
             lm = backbone.load_masked_lm(chosen.init, chosen.subfolder, **kw)
+        else:
+            lm, _ = backbone.load_masked_lm_with_new(chosen.init, chosen.subfolder, **kw)
         return cls(lm, representation, head, unit)

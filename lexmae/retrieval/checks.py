@@ -27,16 +27,20 @@ def opened(path: Path, kind: str, side: str | None) -> artifact.Manifest:
     return manifest
 
 
+def differing(made: Mapping[str, Any], other: Mapping[str, Any], *keys: str) -> list[str]:
+    """Those of ``keys`` that both sides know, with different values."""
+    return [key for key in keys if made.get(key) is not None and other.get(key) not in (None, made[key])]
+
+
 def refuse_other_making(docs: Mapping[str, Any], queries: Mapping[str, Any], path: Path | str) -> None:
     """InputError where the facts about the making of documents and of queries say that they do not belong together.
 
     Args:
         path: of the documents.
     """
-    for key in ("tokenizer_hash", "scale", "representation"):
-        if docs.get(key) is not None and queries.get(key) not in (None, docs[key]):
-            raise InputError(f"its documents were encoded with the {key} {docs[key]}, the queries with {queries[key]}",
-                             path)
+    for key in differing(docs, queries, "tokenizer_hash", "scale", "representation"):
+        raise InputError(f"its documents were encoded with the {key} {docs[key]}, the queries with {queries[key]}",
+                         path)
 
 
 def check_batch(batch: pa.RecordBatch, schema: pa.Schema, path: Path | str) -> None:

@@ -11,6 +11,7 @@ two. The kernels are written as plain loops: slices and array functions take num
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numba
 import numpy as np
@@ -250,5 +251,6 @@ def chunks(n: int, threads: int, most: int = 256) -> list[tuple[int, int]]:
 
     Long ones: the queries of a range share what they fetch.
     """
-    parts = threads * -(-n // (threads * most))
-    return [(n * i // parts, n * (i + 1) // parts) for i in range(parts) if n * i // parts < n * (i + 1) // parts]
+    parts = max(1, threads * -(-n // (threads * most)))
+    bounds = [n * i // parts for i in range(parts + 1)]
+    return [(first, last) for first, last in pairwise(bounds) if first < last]

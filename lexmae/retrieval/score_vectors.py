@@ -18,15 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import issparse
 
-from lexmae import artifact, locks
+from lexmae import artifact
 from lexmae.cli import progress, say
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
-from lexmae.retrieval import checks, dense, reports
+from lexmae.retrieval import blocks, checks, dense, reports
 from lexmae.retrieval.dense import DenseVectors
+from lexmae.retrieval.engines import Vectors
 from lexmae.retrieval.score import (
     DIGITS,
+    Item,
     Negatives,
     Reranking,
     ScoreConfig,
@@ -39,8 +42,6 @@ from lexmae.retrieval.score import (
 from lexmae.retrieval.vectors import SCALE, SparseVectors, vocabularies_differ
 
 _BLOCK = 4096  # queries written at a time
-
-Vectors = SparseVectors | DenseVectors
 
 
 def score(docs: str | Path, queries: str | Path, shards: str | Path, output: str | Path, config: ScoreConfig,
@@ -68,7 +69,7 @@ def score(docs: str | Path, queries: str | Path, shards: str | Path, output: str
     work = (Negatives if negatives else Reranking)(source, opened, config)
     partial = artifact.partial_path(output)
     start = time.perf_counter()
-    with locks.writing(output):
+    with blocks.writing(output, 0, overwrite):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
@@ -86,15 +87,19 @@ def _write(work: Work, shards: Shards, split: str, scores_of: Callable[[str, lis
            partial: Path) -> None:
     """The parts of the output; ``scores_of`` a query's id and K ids of texts gives their scores [K]."""
     table, items = shards.queries(split), work.items
+
+    def best(item: Item) -> np.ndarray:
+        rows, sizes = rows_of(shards, item.units.astype(np.int64))
+        if not len(rows):
+            return np.zeros(0)
+        scores = scores_of(table.id(item.query), shards.docs.ids(rows))
+        return np.round(np.maximum.reduceat(scores, np.cumsum(sizes) - sizes), DIGITS)
+
     with progress(total=len(items), desc="score", unit="queries") as bar:
         for block, first in enumerate(range(0, len(items), _BLOCK)):
             numbers, found = range(first, min(first + _BLOCK, len(items))), []
             for number in numbers:
-                query, units = items[number]
-                rows, sizes = rows_of(shards, units.astype(np.int64))
-                scores = scores_of(table.id(query), shards.docs.ids(rows)) if len(rows) else np.zeros(0)
-                best = np.maximum.reduceat(scores, np.cumsum(sizes) - sizes) if len(rows) else scores
-                found.append(np.round(best, DIGITS))
+                found.append(best(items[number]))
                 bar.update(1)
             work.write(part_path(partial, block), numbers, found)
 
@@ -110,39 +115,28 @@ def _product(docs: Vectors, queries: Vectors, docs_path: str | Path,
     if type(docs) is not type(queries):
         raise InputError("one is of dense vectors, the other of sparse ones", f"{docs_path}, {queries_path}")
     checks.refuse_other_making(docs.extra, queries.extra, docs_path)
-    doc_row, query_row = ({name: row for row, name in enumerate(vectors.ids)} for vectors in (docs, queries))
-
-    def rows(query: str, names: list[str]) -> tuple[int, list[int]]:
-        try:
-            return query_row[query], [doc_row[name] for name in names]
-        except KeyError as error:
-            raise InputError(f"has no vector of '{error.args[0]}'",
-                             docs_path if query in query_row else queries_path) from None
-
     if isinstance(docs, DenseVectors):
         if docs.dimensions != queries.dimensions:
             raise InputError(f"has {queries.dimensions} dimensions, the documents have {docs.dimensions}", queries_path)
+        matrix, asked, unit = docs.matrix, queries.matrix, 1.0
+    else:
+        if docs.vocabulary != queries.vocabulary:
+            differ = vocabularies_differ(docs.vocabulary, queries.vocabulary)
+            raise InputError(f"its vocabulary is another: {differ} in that of the queries", docs_path)
+        matrix, asked = docs.to_scipy(), queries.to_scipy()
+        unit = _scale(docs, docs_path) * _scale(queries, queries_path)
+    doc_row, query_row = ({name: row for row, name in enumerate(vectors.ids)} for vectors in (docs, queries))
 
-        def of_dense(query: str, names: list[str]) -> np.ndarray:
-            row, wanted = rows(query, names)
-            return docs.matrix[wanted].astype(np.float64) @ queries.matrix[row].astype(np.float64)
+    def product(query: str, names: list[str]) -> np.ndarray:
+        try:
+            row, wanted = query_row[query], [doc_row[name] for name in names]
+        except KeyError as error:
+            raise InputError(f"has no vector of '{error.args[0]}'",
+                             docs_path if query in query_row else queries_path) from None
+        found = matrix[wanted].astype(np.float64) @ asked[[row]].astype(np.float64).T / unit
+        return (found.toarray() if issparse(found) else found)[:, 0]
 
-        return of_dense
-    if docs.vocabulary != queries.vocabulary:
-        raise InputError(f"its vocabulary is another: {vocabularies_differ(docs.vocabulary, queries.vocabulary)} in "
-                         "that of the queries", docs_path)
-    matrix, asked = docs.to_scipy(), np.zeros(docs.n_terms)
-    unit = _scale(docs, docs_path) * _scale(queries, queries_path)
-
-    def of_sparse(query: str, names: list[str]) -> np.ndarray:
-        row, wanted = rows(query, names)
-        terms, weights = queries.row(row)
-        asked[terms] = weights
-        found = matrix[wanted] @ asked / unit
-        asked[terms] = 0
-        return found
-
-    return of_sparse
+    return product
 
 
 def _scale(vectors: SparseVectors, path: str | Path) -> float:

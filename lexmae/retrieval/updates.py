@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from lexmae import artifact, locks, remembered, verification
 from lexmae.data.lines import read_lines
 from lexmae.errors import InputError
-from lexmae.retrieval import segments
+from lexmae.retrieval import checks, segments
 from lexmae.retrieval.engines import KIND
 from lexmae.retrieval.stored import StoredVectors
 from lexmae.retrieval.vectors import VOCABULARY, Csr, read_vocabulary, vocabularies_differ
@@ -122,9 +122,8 @@ def _check_same_encoder(manifest: artifact.Manifest, new: StoredVectors, path: s
                          f"{vocabularies_differ(new.vocabulary, read_vocabulary(manifest.path))} in {manifest.path}",
                          path)
     made = manifest.fact("vectors", dict, default={})
-    for key in ("tokenizer_hash", "scale", "max_length"):
-        if made.get(key) is not None and new.extra.get(key) not in (None, made[key]):
-            raise InputError(f"the {key} is {new.extra[key]}, that of {manifest.path} is {made[key]}", path)
+    for key in checks.differing(made, new.extra, "tokenizer_hash", "scale", "max_length"):
+        raise InputError(f"the {key} is {new.extra[key]}, that of {manifest.path} is {made[key]}", path)
 
 
 @contextlib.contextmanager
