@@ -306,7 +306,7 @@ def test_a_bi_encoder_is_measured_mined_from_and_teaches(folder):
     stages = (StageConfig("hard", "stage.yaml", negatives="bi_encoder", mine_depth=30),
               StageConfig("taught", "taught.yaml", negatives=("bi_encoder", "hard"), mine_depth=60,
                           teacher="bi_encoder"))
-    config = pipeline(*stages, bi_encoder=BiEncoderConfig("some/encoder", "cls", 15.0, 40))
+    config = pipeline(*stages, bi_encoder=BiEncoderConfig("some/encoder", "cls", scale=15.0, score_depth=40))
     steps = plan(folder, config)
     names = list(steps)
     assert names[names.index("bm25-evaluate") + 1:names.index("hard")] == [
@@ -338,6 +338,31 @@ def test_the_backbone_as_bi_encoder(folder):
     assert option(steps["bm25-products"], "--negatives") == "work/bm25/negatives.jsonl"
     with pytest.raises(InputError, match="'model: backbone' needs a backbone"):
         pipeline(taught, bi_encoder=BiEncoderConfig())
+
+
+def test_a_bi_encoder_with_a_tokenizer_and_a_length_of_its_own(folder):
+    (folder / "other").mkdir()
+    config = pipeline(StageConfig("taught", "stage.yaml", negatives="bi_encoder", teacher="bi_encoder"),
+                      bi_encoder=BiEncoderConfig("some/encoder", max_length=256),
+                      evaluation=EvaluationConfig(more_splits=("more",), zero_shot=(CollectionConfig("o", "other"),)))
+    steps = plan(folder, config)
+    own, other = steps["bi_encoder-prepare"], steps["bi_encoder-prepare-o"]
+    for step, text, shards in ((own, "text", "work/bi_encoder/shards"), (other, "other", "work/bi_encoder/o/shards")):
+        assert [option(step, f"--{name}") for name in ("input", "output", "tokenizer", "max-length")] == [
+            text if text == "other" else option(steps["prepare"], "--input"), shards, "some/encoder", "256"]
+        assert "--train-tokenizer" not in step.command and option(step, "--query-length") == "32"
+    assert list(steps).count("bi_encoder-prepare") == 1
+    for name, shards in (("docs", "work/bi_encoder/shards"), ("queries", "work/bi_encoder/shards"),
+                         ("more-queries", "work/bi_encoder/shards"), ("train-encode", "work/bi_encoder/shards"),
+                         ("o-docs", "work/bi_encoder/o/shards")):
+        step = steps[f"bi_encoder-{name}"]
+        assert option(step, "--data") == shards and Path(shards) in step.inputs
+    assert option(steps["taught-docs"], "--data") == "work/shards"
+    assert option(steps["bi_encoder-products"], "--data") == "work/shards", "whose queries are trained on"
+    assert option(steps["prepare-o"], "--tokenizer") == "work/shards/tokenizer"
+    with pytest.raises(InputError, match="'max_length' would cut documents into other passages"):
+        pipeline(bi_encoder=BiEncoderConfig("e/e", max_length=9),
+                 prepare=PrepareConfig(train_tokenizer=64, split_documents=True))
 
 
 @pytest.mark.parametrize("stage", [StageConfig("x", "stage.yaml", teacher="bi_encoder"),

@@ -107,22 +107,24 @@ class RerankerConfig:
 class BiEncoderConfig:
     """A sentence encoder, which is not trained: it is measured, its ranking can be mined, and stages can learn from it.
 
-    It reads the texts with the pipeline's tokenizer.
-
     Attributes:
         model: hub name or folder, or ``backbone``: the pipeline's backbone.
         representation: ``mean`` or ``cls``, as of ``tools/encode.py``.
+        max_length: tokens of a document that it reads, with its own tokenizer; without it, it reads the pipeline's
+            shards and needs their tokenizer.
         scale: factor of its dot products where they teach; cosines between -1 and 1 need one of about 20.
         score_depth: how many negatives of each query are scored for a stage that it teaches.
     """
 
     model: str = "backbone"
     representation: str = "mean"
+    max_length: int | None = None
     scale: float = 20.0
     score_depth: int = 200
 
     def __post_init__(self):
         require(self.representation in ("mean", "cls"), "representation: 'mean' or 'cls'")
+        require(self.max_length is None or self.max_length >= 3, "max_length: at least 3 is needed")
         require(0 < self.scale < float("inf"), "scale: above 0 is needed")
         require(self.score_depth >= 1, "score_depth: at least 1 is needed")
 
@@ -213,6 +215,8 @@ class PipelineRecipe:
                 "prepare: tokenizer or train_tokenizer is needed, or a backbone that brings its own")
         require(self.bi_encoder is None or self.bi_encoder.model != "backbone" or self.backbone,
                 "bi_encoder: 'model: backbone' needs a backbone")
+        require(self.bi_encoder is None or self.bi_encoder.max_length is None or not self.prepare.split_documents,
+                "bi_encoder: 'max_length' would cut documents into other passages than 'prepare.split_documents'")
         known = {"pretrain", "backbone"}  # without pre-training, it stands for the stage recipe's own weights
         trained = self._check_reranker(known)
         for stage in self.stages:

@@ -86,18 +86,33 @@ class Plan:
             raise InputError("no such folder", name)
         return Path(name)
 
-    def _add_prepare(self, name: str, text: Path, shards: Path) -> Path:
-        settings = self.config.prepare
+    def _add_prepare(self, name: str, text: Path, shards: Path, tokenizer: str | None = None,
+                     max_length: int | None = None) -> Path:
+        """Shards as ``prepare`` says, or with another tokenizer and length; another collection takes this one's."""
+        settings, inputs = self.config.prepare, [text]
         command = ["tools/prepare.py", "--input", str(text), "--output", str(shards),
-                   "--max-length", str(settings.max_length), "--query-length", str(settings.query_length)]
+                   "--max-length", str(max_length or settings.max_length),
+                   "--query-length", str(settings.query_length)]
         command += ["--split-documents"] if settings.split_documents else []
         command += ["--stride", str(settings.stride)] if settings.stride else []
-        if shards != self.shards:  # another collection is read with the tokenizer of this one
-            return self._add(name, [*command, "--tokenizer", str(self.shards / "tokenizer")], shards,
-                             [text, self.shards])
-        tokenizer = settings.tokenizer or (None if settings.train_tokenizer else self.config.backbone)
-        command += (["--tokenizer", tokenizer] if tokenizer else ["--train-tokenizer", str(settings.train_tokenizer)])
-        return self._add(name, command, shards, [text])
+        if tokenizer is None and shards != self.shards:
+            tokenizer, inputs = str(self.shards / "tokenizer"), [text, self.shards]
+        tokenizer = tokenizer or settings.tokenizer or (None if settings.train_tokenizer else self.config.backbone)
+        command += ["--tokenizer", tokenizer] if tokenizer else ["--train-tokenizer", str(settings.train_tokenizer)]
+        return self._add(name, command, shards, inputs)
+
+    def _read_by(self, model: str, target: Target) -> Path:
+        """The shards that a model encodes: what is measured, or what the bi-encoder has of its own."""
+        teacher = self.config.bi_encoder
+        if model != BI_ENCODER or teacher.max_length is None:
+            return target.shards
+        return self._add_prepare(f"{BI_ENCODER}-prepare{target.folder and '-'}{target.folder}", target.text,
+                                 self.work / BI_ENCODER / target.folder / "shards", self._bi_encoder, teacher.max_length)
+
+    @property
+    def _bi_encoder(self) -> str | None:
+        teacher = self.config.bi_encoder
+        return self.config.backbone if teacher.model == "backbone" else teacher.model
 
     def _add_targets(self) -> list[Target]:
         """What is measured: the split, further splits, further collections with shards of their own."""
@@ -292,18 +307,18 @@ class Plan:
 
     def _add_encode(self, name: str, model: str, side: str, target: Target) -> Path:
         output = self.work / model / target.folder / ("vectors-docs" if side == "docs" else f"vectors-{target.split}")
-        evaluation, teacher = self.config.evaluation, self.config.bi_encoder
+        evaluation, shards = self.config.evaluation, self._read_by(model, target)
         top_k = evaluation.top_k_docs if side == "docs" else evaluation.top_k_queries
         if model == BI_ENCODER:
-            path, made = self.config.backbone if teacher.model == "backbone" else teacher.model, []
-            more = ["--representation", teacher.representation]
+            path, made = self._bi_encoder, []
+            more = ["--representation", self.config.bi_encoder.representation]
         else:
             path, made = str(self.work / model / "model"), [self.work / model / "model"]
             more = ["--top-k", str(top_k)] if top_k else []
         more += ["--split", target.split] if side == "queries" else []
-        command = ["tools/encode.py", "--model", path, "--data", str(target.shards), "--side", side,
+        command = ["tools/encode.py", "--model", path, "--data", str(shards), "--side", side,
                    "--output", str(output), *self._batch_tokens, *more]
-        return self._add(name, command, output, [*made, target.shards], trains=True, resumes=True)
+        return self._add(name, command, output, [*made, shards], trains=True, resumes=True)
 
     def _add_search(self, name: str, queries: Path, index: Path, run: Path, hits: int, documents: bool = False) -> Path:
         return self._add(name, ["tools/search.py", "--index", str(index), "--queries", str(queries), "--hits",
