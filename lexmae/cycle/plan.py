@@ -106,8 +106,9 @@ class Plan:
         teacher = self.config.bi_encoder
         if model != BI_ENCODER or teacher.max_length is None:
             return target.shards
-        return self._add_prepare(f"{BI_ENCODER}-prepare{target.folder and '-'}{target.folder}", target.text,
-                                 self.work / BI_ENCODER / target.folder / "shards", self._bi_encoder, teacher.max_length)
+        name = "-".join(filter(None, [BI_ENCODER, "prepare", target.folder]))
+        return self._add_prepare(name, target.text, self.work / BI_ENCODER / target.folder / "shards",
+                                 self._bi_encoder, teacher.max_length)
 
     @property
     def _bi_encoder(self) -> str | None:
