@@ -10,7 +10,7 @@ import torch
 from lexmae.errors import InputError
 from lexmae.model import backbone
 from lexmae.model.encoder import SparseEncoder
-from lexmae.model.lexical_start import penalise_frequency, start_lexical
+from lexmae.model.lexical_start import level_bias, penalise_frequency, start_lexical
 
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 SIZES = {
@@ -72,3 +72,40 @@ def test_frequency_penalty_needs_a_bias():
     lm = backbone.create_masked_lm("modernbert", 500, SPECIAL, size)
     with pytest.raises(InputError, match="no output bias"):
         penalise_frequency(lm, torch.zeros(500), 10, 1.0)
+
+
+def texts(lengths: list[int]) -> dict[str, torch.Tensor]:
+    """A padded batch of random texts between [CLS] and [SEP]."""
+    ids = torch.randint(5, 500, (len(lengths), max(lengths) + 2))
+    place, length = torch.arange(ids.shape[1])[None], torch.tensor(lengths)[:, None]
+    text = (place > 0) & (place <= length)
+    return {"input_ids": ids, "attention_mask": (place <= length + 1).long(), "text_mask": text}
+
+
+@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("shift", [-50.0, 50.0])
+def test_level_bias_gives_the_wanted_number_of_terms(family, shift):
+    torch.manual_seed(0)
+    lm = backbone.create_masked_lm(family, 500, SPECIAL, SIZES[family])
+    batches = [texts([9, 3]), texts([5, 0, 7])]  # a text without tokens does not count
+    bias = lm.get_output_embeddings().bias
+    with torch.no_grad():
+        bias += shift
+    before, others = bias.clone(), [p.clone() for p in lm.parameters() if p is not bias]
+    added = level_bias(lm, batches, 20)
+    assert torch.equal(bias, before + added) and lm.training
+    assert all(torch.equal(a, b) for a, b in zip(others, (p for p in lm.parameters() if p is not bias), strict=True))
+    encoder = SparseEncoder(lm).eval()
+    vectors = torch.cat([encoder(**batch) for batch in batches])
+    assert int((vectors > 0).sum()) in range(20 * 4 - 3, 20 * 4 + 4), "entries beside the cut may be rounded over it"
+
+
+def test_level_bias_refuses_what_it_cannot_do():
+    lm = backbone.create_masked_lm("bert", 500, SPECIAL, SIZES["bert"])
+    with pytest.raises(InputError, match="start_terms 500: the vocabulary has 500 entries"):
+        level_bias(lm, [texts([3])], 500)
+    with pytest.raises(InputError, match="no text whose terms"):
+        level_bias(lm, [texts([0, 0])], 5)
+    bare = backbone.create_masked_lm("modernbert", 500, SPECIAL, {**SIZES["modernbert"], "decoder_bias": False})
+    with pytest.raises(InputError, match="start_terms: this backbone's LM head has no output bias"):
+        level_bias(bare, [texts([3])], 5)

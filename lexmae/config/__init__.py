@@ -37,6 +37,9 @@ class ModelConfig:
             before any training (``lexmae.model.lexical_start``) in place of the family's usual ones.
         frequency_penalty: lower the output bias of frequent tokens by up to this much before training, so that
             their weights start small, as with an inverse document frequency; 0 (the paper) leaves the bias alone.
+        start_terms: shift all output biases alike before training, so that a document has this many active terms on
+            average; unset (the paper) leaves them. Pre-training compares logits with each other, so that what relu
+            leaves of them is not its concern.
         fit_head: fit the LM head to the text where the backbone comes without one (``lexmae.model.head_fit``); without
             it, such a head starts at random.
         queries: what makes a query's vector: ``shared``, the documents' encoder (the paper); ``static``, a table
@@ -53,6 +56,7 @@ class ModelConfig:
     size: Mapping[str, Any] = field(default_factory=dict)
     lexical_start: bool = False
     frequency_penalty: float = 0.0
+    start_terms: int | None = None
     fit_head: bool = True
     queries: str = "shared"
     packing: str = "auto"
@@ -66,6 +70,7 @@ class ModelConfig:
         require(self.init == "scratch" or not self.size, "size: only goes with 'init: scratch'")
         require(self.init == "scratch" or not self.lexical_start, "lexical_start: only goes with 'init: scratch'")
         require(self.frequency_penalty >= 0, "frequency_penalty: cannot be negative")
+        require(self.start_terms is None or self.start_terms >= 1, "start_terms: at least 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -292,5 +297,6 @@ class RerankRecipe:
         require(self.max_length >= 1, "max_length: at least 1 is needed")
         require(self.negatives.per_query >= 1, "negatives: per_query must be at least 1, or there is nothing to learn")
         require(self.model.packing != "on", "model: packing is for lexicon encoders, the pairs of a scorer are padded")
-        require(not self.model.lexical_start and not self.model.frequency_penalty,
-                "model: lexical_start and frequency_penalty are for lexicon encoders, a cross-encoder has one output")
+        require(not (self.model.lexical_start or self.model.frequency_penalty or self.model.start_terms),
+                "model: lexical_start, frequency_penalty and start_terms are for lexicon encoders, a cross-encoder has "
+                "one output")

@@ -10,19 +10,25 @@ A masked language model expects frequent tokens everywhere, while a lexicon want
 output bias of a token by how frequent it is gives fine-tuning the inverse document frequency that BM25 has, in place
 of letting it find out.
 
-Shapes: H hidden size, V vocabulary.
+It also compares logits with each other alone: the same number added to all of them changes no loss, of the encoder or
+of a decoder that reads their softmax, and they drift. relu, however, keeps what is above zero. Shifting all output
+biases until documents have as many terms as wanted puts zero where it belongs.
+
+Shapes: B sequences, L tokens, H hidden size, V vocabulary, N texts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lexmae.errors import InputError
 from lexmae.model import backbone
+from lexmae.model.head import max_logits
 
 _RESIDUAL_GAIN = 0.2
 _POSITION_GAIN = 0.3
@@ -55,7 +61,7 @@ def start_lexical(lm: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def penalise_frequency(lm: PreTrainedModel, document_frequency: torch.Tensor, documents: int, penalty: float) -> None:
+def penalise_frequency(lm: PreTrainedModel, document_frequency: Tensor, documents: int, penalty: float) -> None:
     """Lower the output bias of token v by ``penalty · (1 − idf_v)``, in place.
 
     idf is that of BM25, ``log(1 + (N − df + 0.5) / (df + 0.5))``, divided by its largest possible value: a token
@@ -68,9 +74,48 @@ def penalise_frequency(lm: PreTrainedModel, document_frequency: torch.Tensor, do
     Raises:
         InputError: the backbone's output has no bias.
     """
-    bias = lm.get_output_embeddings().bias
-    if bias is None:
-        raise InputError("frequency_penalty: this backbone's LM head has no output bias")
+    bias = _output_bias(lm, "frequency_penalty")
     df = document_frequency.to(bias)
     idf = torch.log1p((documents - df + 0.5) / (df + 0.5)) / math.log1p((documents + 0.5) / 0.5)
     bias[:len(df)] -= penalty * (1 - idf)
+
+
+@torch.no_grad()
+def level_bias(lm: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], terms: int) -> float:
+    """Shift all output biases alike, in place, so that the texts have ``terms`` active terms on average.
+
+    Args:
+        lm: the masked language model, whose other weights are left as they are.
+        batches: texts as arguments of `SparseEncoder.forward`, [B, L] each.
+
+    Returns:
+        What was added.
+
+    Raises:
+        InputError: the output has no bias, the vocabulary no more than ``terms`` entries, or no text a token.
+    """
+    bias, (weight, _) = _output_bias(lm, "start_terms"), backbone.output_matrix(lm)
+    if terms >= len(bias):
+        raise InputError(f"start_terms {terms}: the vocabulary has {len(bias)} entries")
+    was_training = lm.training
+    lm.eval()
+    pooled = []
+    for batch in batches:
+        batch = {name: tensor.to(bias.device) for name, tensor in batch.items()}
+        hidden = backbone.hidden_states(lm, batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
+        logits = max_logits(backbone.transform(lm, hidden), weight, bias, batch["text_mask"])
+        pooled.append(logits[batch["text_mask"].any(1)].cpu())
+    lm.train(was_training)
+    values = torch.cat(pooled)  # [N, V]
+    if not len(values):
+        raise InputError("start_terms: there is no text whose terms could be counted")
+    highest = values.flatten().topk(terms * len(values) + 1).values[-1]  # what is not above it is left out
+    bias -= highest.to(bias)
+    return -highest.item()
+
+
+def _output_bias(lm: PreTrainedModel, setting: str) -> Tensor:
+    bias = lm.get_output_embeddings().bias
+    if bias is None:
+        raise InputError(f"{setting}: this backbone's LM head has no output bias")
+    return bias

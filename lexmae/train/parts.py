@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from lexmae.model import backbone, layers
 from lexmae.model.attention import use_packing
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.head_fit import TEXTS, fit_transform
-from lexmae.model.lexical_start import penalise_frequency, start_lexical
+from lexmae.model.lexical_start import level_bias, penalise_frequency, start_lexical
 from lexmae.model.pretrainer import Pretrainer
 from lexmae.model.reranker import CrossEncoder
 from lexmae.model.static_queries import StaticQueries, holds_table, inverse_document_frequency, read_table
@@ -163,16 +164,32 @@ def build_lm(config: ModelConfig, shards: Shards, continued: bool = False) -> An
     if config.frequency_penalty:
         frequency = torch.from_numpy(shards.docs.document_frequency(shards.vocab_size))
         penalise_frequency(lm, frequency, len(shards.docs), config.frequency_penalty)
+    if config.start_terms and not continued:
+        with _on_gpu(lm):
+            added = level_bias(lm, _some_texts(shards), config.start_terms)
+        say(f"output biases {added:+.2f}: a document starts with {config.start_terms} active terms on average")
     return lm
 
 
 def _fit_head(lm: Any, init: str, shards: Shards) -> None:
     """A start for the LM head of a backbone that has none; the same on every rank, which rank 0's weights replace."""
+    with _on_gpu(lm):
+        named = fit_transform(lm, _some_texts(shards))
+    rows = min(TEXTS, len(shards.docs))
+    say(f"{init} has no LM head: fitted one to {rows} texts; {named:.0%} of their tokens name themselves first")
+
+
+def _some_texts(shards: Shards) -> Iterator[dict[str, torch.Tensor]]:
+    """Up to `TEXTS` documents from all over the collection, as arguments of an encoder."""
     rows = np.linspace(0, len(shards.docs) - 1, min(TEXTS, len(shards.docs))).astype(np.int64)
-    texts = (read_texts(shards, shards.docs, rows[i:i + _CPU_CHUNK]).arguments()
-             for i in range(0, len(rows), _CPU_CHUNK))
+    for i in range(0, len(rows), _CPU_CHUNK):
+        yield read_texts(shards, shards.docs, rows[i:i + _CPU_CHUNK]).arguments()
+
+
+@contextlib.contextmanager
+def _on_gpu(lm: Any) -> Iterator[None]:
+    """The model on a GPU for a while, where there is one."""
     if torch.cuda.is_available():
         lm.cuda()
-    named = fit_transform(lm, texts)
+    yield
     lm.cpu()
-    say(f"{init} has no LM head: fitted one to {len(rows)} texts; {named:.0%} of their tokens name themselves first")
