@@ -121,14 +121,15 @@ def test_mode_and_random_state_are_put_back(training):
 # ------------------------------------------------------------------------------------------ one and two ranks
 
 
-def make(shards, encoder, config: ProbeConfig = FOUR, rank: int = 0, world: int = 1, gather=lambda rows: rows):
+def make(shards, encoder, config: ProbeConfig = FOUR, rank: int = 0, world: int = 1, gather=lambda rows: rows,
+         **more):
     """A probe with an engine of a few lines, and what it kept."""
     kept = []
     engine = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"), evaluating=torch.no_grad,
                              module=encoder)
     found = probe.Probe(config, shards, probe.select(config, shards, 1), 5, engine,
                         lambda engine, text, side: engine.module(**text.arguments()), gather,
-                        lambda step, figures: kept.append((step, figures["probe_mrr_10"])))
+                        lambda step, figures: kept.append((step, figures["probe_mrr_10"])), **more)
     return found, kept
 
 
@@ -164,11 +165,26 @@ def test_figures_are_those_of_the_model(tiny_shards, encoder):
     assert len(kept) == 1  # as good as the best is not better
 
 
+@pytest.mark.parametrize("terms", [5, 40, 10**6])
+def test_logits_are_lowered_until_few_terms_are_left(tiny_shards, model_dir, encoder, terms):
+    raw = make(tiny_shards, encoder)[0](2)
+    figures = make(tiny_shards, encoder, terms=terms)[0](2)
+    assert figures["probe_terms_docs"] == pytest.approx(min(terms, raw["probe_terms_docs"]), abs=0.11)
+    assert (figures["probe_offset"] > 0) == (terms < raw["probe_terms_docs"])
+    lowered = SparseEncoder.load(model_dir).eval()
+    with torch.no_grad():
+        lowered.lm.get_output_embeddings().bias -= figures["probe_offset"]
+    again = make(tiny_shards, lowered)[0](2)
+    for name in ("probe_mrr_10", "probe_recall_100", "probe_terms_docs", "probe_terms_queries"):
+        assert figures[name] == pytest.approx(again[name], rel=0.01), name
+
+
+@pytest.mark.parametrize("terms", [None, 7])
 @pytest.mark.parametrize("queries, documents", [(4, 20), (5, 33)])
-def test_two_ranks_measure_what_one_measures(tiny_shards, encoder, queries, documents):
+def test_two_ranks_measure_what_one_measures(tiny_shards, encoder, queries, documents, terms):
     """Both encode as often as the other."""
     config = ProbeConfig(every=1, split="train", queries=queries, documents=documents)
-    alone = make(tiny_shards, encoder, config)[0](1)
+    alone = make(tiny_shards, encoder, config, terms=terms)[0](1)
     barrier, parts, results, calls = threading.Barrier(2), [None, None], [None, None], [0, 0]
 
     def work(rank: int) -> None:
@@ -179,7 +195,7 @@ def test_two_ranks_measure_what_one_measures(tiny_shards, encoder, queries, docu
             barrier.wait()
             return whole
 
-        found, _ = make(tiny_shards, encoder, config, rank, 2, gather)
+        found, _ = make(tiny_shards, encoder, config, rank, 2, gather, terms=terms)
         encode = found.encode
 
         def counted(engine, text, side):
@@ -293,3 +309,26 @@ def test_probes_change_nothing_and_go_on_after_a_stop(kind, shards_dir, tiny_sha
         assert start(tmp_path / "run", kind, shards_dir, 2, "--resume", "auto") == whole
         again = artifact.read(tmp_path / "run" / "best", "model")
         assert (again.fingerprint, again.extra["probe"]) == (best.fingerprint, best.extra["probe"])
+
+
+@pytest.mark.slow
+def test_a_written_model_has_no_more_terms_than_wanted(shards_dir, tiny_shards, tmp_path):
+    values = {"data": str(shards_dir), "deepspeed": "ds_configs/fp32_zero1.json", "model": dict(TINY),
+              "logging": {"every": 1, "checkpoint_every": 0}, **KINDS["pretrain"]}
+    for name, terms in (("raw", None), ("levelled", 6)):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**values, "output": str(tmp_path / name),
+                                        "bottleneck": {"active_terms": terms}}), encoding="utf-8")
+        run(["launch/pretrain.py", str(path)])
+    found = {name: SparseEncoder.load(tmp_path / name / "model").eval() for name in ("raw", "levelled")}
+    rows = np.arange(len(tiny_shards.docs))
+    count = {name: (vectors(tiny_shards, encoder, tiny_shards.docs, rows) > 0).sum(1).float()
+             for name, encoder in found.items()}
+    wrote = artifact.read(tmp_path / "levelled" / "model", "model")
+    assert count["raw"].mean() > 20 and wrote.extra["bias_added"] < 0
+    assert count["levelled"][count["raw"] > 0].mean() == pytest.approx(6, abs=0.1)
+    weights = {name: dict(encoder.lm.named_parameters()) for name, encoder in found.items()}
+    bias = found["raw"].lm.get_output_embeddings().bias
+    for name, weight in weights["raw"].items():
+        added = wrote.extra["bias_added"] if weight is bias else 0.0
+        assert torch.allclose(weights["levelled"][name], weight + added, atol=1e-6), name

@@ -74,19 +74,21 @@ def penalise_frequency(lm: PreTrainedModel, document_frequency: Tensor, document
     Raises:
         InputError: the backbone's output has no bias.
     """
-    bias = _output_bias(lm, "frequency_penalty")
+    bias = output_bias(lm, "frequency_penalty")
     df = document_frequency.to(bias)
     idf = torch.log1p((documents - df + 0.5) / (df + 0.5)) / math.log1p((documents + 0.5) / 0.5)
     bias[:len(df)] -= penalty * (1 - idf)
 
 
 @torch.no_grad()
-def level_bias(lm: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], terms: int) -> float:
+def level_bias(lm: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], terms: int,
+               only_lower: bool = False) -> float:
     """Shift all output biases alike, in place, so that the texts have ``terms`` active terms on average.
 
     Args:
         lm: the masked language model, whose other weights are left as they are.
         batches: texts as arguments of `SparseEncoder.forward`, [B, L] each.
+        only_lower: leave texts with fewer terms as they are.
 
     Returns:
         What was added.
@@ -94,8 +96,8 @@ def level_bias(lm: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], ter
     Raises:
         InputError: the output has no bias, the vocabulary no more than ``terms`` entries, or no text a token.
     """
-    bias, (weight, _) = _output_bias(lm, "start_terms"), backbone.output_matrix(lm)
-    if terms >= len(bias):
+    bias, (weight, _) = output_bias(lm, "start_terms"), backbone.output_matrix(lm)
+    if terms >= len(bias) and not only_lower:
         raise InputError(f"start_terms {terms}: the vocabulary has {len(bias)} entries")
     was_training = lm.training
     lm.eval()
@@ -108,13 +110,23 @@ def level_bias(lm: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], ter
     lm.train(was_training)
     values = torch.cat(pooled)  # [N, V]
     if not len(values):
+        if only_lower:
+            return 0.0
         raise InputError("start_terms: there is no text whose terms could be counted")
-    highest = values.flatten().topk(terms * len(values) + 1).values[-1]  # what is not above it is left out
-    bias -= highest.to(bias)
-    return -highest.item()
+    highest = cut(values, terms)
+    if only_lower:
+        highest = max(highest, 0.0)
+    bias -= highest
+    return -highest
 
 
-def _output_bias(lm: PreTrainedModel, setting: str) -> Tensor:
+def cut(values: Tensor, terms: int) -> float:
+    """The number that ``terms`` entries of each of the rows [N, V] exceed on average; their smallest for too many."""
+    return values.flatten().topk(min(terms * len(values) + 1, values.numel())).values[-1].item()
+
+
+def output_bias(lm: PreTrainedModel, setting: str) -> Tensor:
+    """The output bias [V]; raises InputError, which names the setting that needs it, where there is none."""
     bias = lm.get_output_embeddings().bias
     if bias is None:
         raise InputError(f"{setting}: this backbone's LM head has no output bias")

@@ -23,7 +23,7 @@ from lexmae.model import backbone, layers
 from lexmae.model.attention import use_packing
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.head_fit import TEXTS, fit_transform
-from lexmae.model.lexical_start import level_bias, penalise_frequency, start_lexical
+from lexmae.model.lexical_start import level_bias, output_bias, penalise_frequency, start_lexical
 from lexmae.model.pretrainer import Pretrainer
 from lexmae.model.reranker import CrossEncoder
 from lexmae.model.static_queries import StaticQueries, holds_table, inverse_document_frequency, read_table
@@ -85,6 +85,8 @@ def _common(config: Any, place: Place) -> dict[str, int]:
 
 
 def _pretraining(config: PretrainRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
+    if config.bottleneck.active_terms:
+        output_bias(lm, "bottleneck.active_terms")  # which is needed at the end
     model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source,
                        bag_of_words=config.bottleneck.bow_weight > 0)
     packed = packs(config, place.hardware)
@@ -169,6 +171,20 @@ def build_lm(config: ModelConfig, shards: Shards, continued: bool = False) -> An
             added = level_bias(lm, _some_texts(shards), config.start_terms)
         say(f"output biases {added:+.2f}: a document starts with {config.start_terms} active terms on average")
     return lm
+
+
+def level(folder: Path, shards: Shards, terms: int) -> float:
+    """Lower the output biases of a written model until documents have at most ``terms`` active terms on average.
+
+    Returns:
+        What was added: 0 where they have not more.
+    """
+    lm = backbone.load_masked_lm(str(folder))
+    with _on_gpu(lm):
+        added = level_bias(lm, _some_texts(shards), terms, only_lower=True)
+    if added:
+        backbone.save_weights(lm, folder)
+    return added
 
 
 def _fit_head(lm: Any, init: str, shards: Shards) -> None:

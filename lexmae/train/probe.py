@@ -10,6 +10,7 @@ Shapes: Q queries, D documents, T texts of the documents (more than D where docu
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ from lexmae.config import ProbeConfig
 from lexmae.data.batches import TextBatch, read_texts
 from lexmae.data.shards import Shards, TokenTable
 from lexmae.errors import InputError
+from lexmae.model.lexical_start import cut
+from lexmae.model.lexicon import saturate
 
 _TEXTS = 32  # texts that a rank encodes at a time
+_SAMPLE = 256  # texts whose terms are counted
 _STREAM = 0x9806  # of the seed, for the choice of queries and documents
 
 
@@ -152,6 +156,8 @@ class Probe:
         gather: rows of this rank → rows of all ranks, in the order of the ranks.
         keep: called with step and figures where a model is better than the best before it.
         best: MRR@10 of the best so far; negative where there is none.
+        terms: documents have at most this many active terms on average: of more, the largest that are left when all
+            logits are lowered alike; None leaves them.
     """
 
     config: ProbeConfig
@@ -163,6 +169,7 @@ class Probe:
     gather: Callable[[torch.Tensor], torch.Tensor]
     keep: Callable[[int, dict[str, Any]], None]
     best: float = -1.0
+    terms: int | None = None
 
     def __call__(self, step: int) -> dict[str, float]:
         """Figures as of ``step`` optimizer steps; empty where no probe is due."""
@@ -177,12 +184,17 @@ class Probe:
         return {**figures, "probe_seconds": time.perf_counter() - started}
 
     def _measure(self) -> dict[str, float]:
-        chosen, terms = self.selection, self.shards.vocab_size
-        places, vectors = self._all(self.shards.queries(self.config.split), "queries", chosen.queries, lambda v: v)
-        queries = torch.empty(len(chosen.queries), terms, device=vectors.device)
+        chosen, offset = self.selection, self._offset()
+        places, vectors = self._all(self.shards.queries(self.config.split), "queries", chosen.queries,
+                                    lambda v: lower(v, offset))
+        queries = torch.empty(len(chosen.queries), self.shards.vocab_size, device=vectors.device)
         queries[places] = vectors  # [Q, V]
-        places, rows = self._all(self.shards.docs, "docs", chosen.texts,
-                                 lambda v: torch.cat([v @ queries.T, _terms(v)], dim=1))
+
+        def against_queries(vectors: torch.Tensor) -> torch.Tensor:
+            vectors = lower(vectors, offset)
+            return torch.cat([vectors @ queries.T, _terms(vectors)], dim=1)
+
+        places, rows = self._all(self.shards.docs, "docs", chosen.texts, against_queries)
         scores = torch.empty(len(chosen.texts), rows.shape[1])
         scores[places] = rows.cpu()  # [T, Q + 1]
         terms_docs, scores = scores[:, -1].mean().item(), scores[:, :-1]
@@ -190,7 +202,19 @@ class Probe:
         best = scores.new_full((chosen.relevant.shape[1], scores.shape[1]), -torch.inf)
         best.scatter_reduce_(0, owner, scores, "amax")  # [D, Q]: a document is as good as its best text
         return {**measures(best.T, torch.from_numpy(chosen.relevant)), "probe_terms_docs": terms_docs,
-                "probe_terms_queries": _terms(queries).mean().item()}
+                "probe_terms_queries": _terms(queries).mean().item(),
+                **({} if self.terms is None else {"probe_offset": offset})}
+
+    def _offset(self) -> float:
+        """By how much all logits are lowered."""
+        texts = self.selection.texts
+        if self.terms is None:
+            return 0.0
+        some = texts[np.linspace(0, len(texts) - 1, min(_SAMPLE, len(texts))).astype(np.int64)]
+        places, vectors = self._all(self.shards.docs, "docs", some, lambda v: v)
+        counted = torch.empty(len(some), vectors.shape[1], device=vectors.device)
+        counted[places] = vectors  # ranks that share unevenly encode some texts twice
+        return math.expm1(cut(counted, self.terms))
 
     def _all(self, table: TokenTable, side: str, rows: np.ndarray,
              use: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,6 +234,11 @@ class Probe:
         for start in range(0, len(rows), _TEXTS):
             text = read_texts(self.shards, table, rows[start:start + _TEXTS]).to(self.engine.device)
             yield self.encode(self.engine, text, side)[:, :self.shards.vocab_size].float()
+
+
+def lower(vectors: torch.Tensor, offset: float) -> torch.Tensor:
+    """The vectors [B, V] of logits that are lowered by ``offset``, from those of the logits as they are."""
+    return saturate(torch.expm1(vectors) - offset) if offset else vectors
 
 
 def _terms(vectors: torch.Tensor) -> torch.Tensor:

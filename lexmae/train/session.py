@@ -170,7 +170,8 @@ def _probe(config: Any, shards: Shards, objective: Any, run_engine: Any, engine:
     chosen = probe.select(config.probe, shards, config.optimization.seed)
     say(f"probe: {len(chosen.queries)} queries of {config.probe.split}, {chosen.relevant.shape[1]} documents")
     return probe.Probe(config.probe, shards, chosen, total, run_engine, objective.encode, engine.gather, keep,
-                       run_engine.sum(before).item())
+                       run_engine.sum(before).item(),
+                       config.bottleneck.active_terms if isinstance(config, PretrainRecipe) else None)
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,6 +240,8 @@ def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], table: d
             facts = {**facts, **rerank.save(lm, draft.path, shards, state, config)}
         else:
             save_masked_lm(lm, draft.path, shards.tokenizer_dir, state)
+        if isinstance(config, PretrainRecipe) and config.bottleneck.active_terms:
+            draft.extra["bias_added"] = parts.level(draft.path, shards, config.bottleneck.active_terms)
         if table is not None:
             draft.extra["queries"] = "static"
             if not save_table(draft.path, table["raw"], shards.tokenizer_dir, extra["query_length"]):
