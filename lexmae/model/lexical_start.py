@@ -96,7 +96,8 @@ def level_bias(lm: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], ter
     Raises:
         InputError: the output has no bias, the vocabulary no more than ``terms`` entries, or no text a token.
     """
-    bias, (weight, _) = output_bias(lm, "start_terms"), backbone.output_matrix(lm)
+    bias = output_bias(lm, "start_terms")
+    weight = backbone.output_matrix(lm)[0]
     if terms >= len(bias) and not only_lower:
         raise InputError(f"start_terms {terms}: the vocabulary has {len(bias)} entries")
     was_training = lm.training
@@ -113,11 +114,11 @@ def level_bias(lm: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], ter
         if only_lower:
             return 0.0
         raise InputError("start_terms: there is no text whose terms could be counted")
-    highest = cut(values, terms)
+    added = -cut(values, terms)
     if only_lower:
-        highest = max(highest, 0.0)
-    bias -= highest
-    return -highest
+        added = min(added, 0.0)
+    bias += added
+    return added
 
 
 def cut(values: Tensor, terms: int) -> float:
@@ -127,7 +128,7 @@ def cut(values: Tensor, terms: int) -> float:
 
 def output_bias(lm: PreTrainedModel, setting: str) -> Tensor:
     """The output bias [V]; raises InputError, which names the setting that needs it, where there is none."""
-    bias = lm.get_output_embeddings().bias
+    bias = backbone.output_matrix(lm)[1]
     if bias is None:
         raise InputError(f"{setting}: this backbone's LM head has no output bias")
     return bias
