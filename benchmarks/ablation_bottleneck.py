@@ -6,8 +6,9 @@
 
 For every seed and source: pre-training (`pretrain.yaml`), then stage 1 (`stage1.yaml`) from its weights, both ending
 with a probe (MRR@10 of a few queries on a few documents, the same ones for every run of a seed): zero-shot and after
-stage 1. What differs between the runs of a seed is `bottleneck.source` alone. Finished runs are kept: the same command
-goes on where it was stopped.
+stage 1. The decoder's accuracy on masked tokens, mean of the last tenth of pre-training, says what reached it through
+the bottleneck. What differs between the runs of a seed is `bottleneck.source` alone. Finished runs are kept: the same
+command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -23,22 +24,26 @@ from pathlib import Path
 from lexmae import artifact, cli
 
 ROOT = Path(__file__).resolve().parent.parent
-WHEN = ("zero-shot", "stage 1")
+FIGURES = ("decoder's accuracy", "zero-shot", "stage 1")
 
 
-def train(script: str, recipe: Path, output: Path, settings: list[str]) -> float:
-    """Train unless that is done; MRR@10 of the last probe."""
+def train(script: str, recipe: Path, output: Path, settings: list[str]) -> list[dict[str, float]]:
+    """Train unless that is done; the lines of its log."""
     if not artifact.exists(output / "model"):
         done = subprocess.run([sys.executable, str(ROOT / "launch" / script), str(recipe), "--set", f"output={output}",
                                *settings, "--resume", "auto"], check=False)
         if done.returncode:
             raise SystemExit(done.returncode)  # it has said why
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def last_probe(lines: list[dict[str, float]]) -> float:
+    """MRR@10 of the last probe in a log."""
     return [line["probe_mrr_10"] for line in lines if "probe_mrr_10" in line][-1]
 
 
 def measure(asked: argparse.Namespace, source: str, seed: int) -> dict[str, float]:
-    """Both figures of one source and seed."""
+    """The figures of one source and seed."""
     folder = Path(asked.work) / f"{source}-{seed}"
     shared = [f"data={asked.shards}", f"optimization.seed={seed}", "probe.every=1000000", f"probe.split={asked.split}",
               f"probe.queries={asked.queries}", f"probe.documents={asked.documents}"]
@@ -47,19 +52,21 @@ def measure(asked: argparse.Namespace, source: str, seed: int) -> dict[str, floa
     after = train("finetune.py", asked.recipes / "stage1.yaml", folder / "stage1",
                   [*shared, f"model.init={folder / 'pretrain' / 'model'}", f"negatives.path={asked.negatives}",
                    *asked.finetune])
-    return dict(zip(WHEN, (before, after), strict=True))
+    accuracy = [line["accuracy_dec"] for line in before if "accuracy_dec" in line]
+    late = accuracy[-max(1, len(accuracy) // 10):]
+    return dict(zip(FIGURES, (statistics.mean(late), last_probe(before), last_probe(after)), strict=True))
 
 
 def table(found: dict[str, list[dict[str, float]]], seeds: list[int]) -> str:
     """One row for each source: every seed, mean and standard deviation."""
-    head = ["bottleneck", *(f"{when}, seed {seed}" for when in WHEN for seed in seeds),
-            *(f"{when}, mean ± sd" for when in WHEN)]
+    head = ["bottleneck", *(f"{name}, seed {seed}" for name in FIGURES for seed in seeds),
+            *(f"{name}, mean ± sd" for name in FIGURES)]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for source, runs in found.items():
-        values = {when: [run[when] for run in runs] for when in WHEN}
-        spread = {when: statistics.stdev(row) if len(row) > 1 else 0.0 for when, row in values.items()}
-        rows.append([source, *(f"{value:.4f}" for when in WHEN for value in values[when]),
-                     *(f"{statistics.mean(values[when]):.4f} ± {spread[when]:.4f}" for when in WHEN)])
+        values = {name: [run[name] for run in runs] for name in FIGURES}
+        spread = {name: statistics.stdev(row) if len(row) > 1 else 0.0 for name, row in values.items()}
+        rows.append([source, *(f"{value:.4f}" for name in FIGURES for value in values[name]),
+                     *(f"{statistics.mean(values[name]):.4f} ± {spread[name]:.4f}" for name in FIGURES)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
