@@ -23,7 +23,7 @@ import common
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from lexmae.config import LossConfig, NegativesConfig, OptimizationConfig
-from lexmae.data import draws
+from lexmae.data import draws, negative_rows
 from lexmae.data.batches import RankingData
 from lexmae.data.corpus import Passage, Query, write_beir
 from lexmae.data.negatives import write_negatives
@@ -84,7 +84,7 @@ def ours(folder: Path, model: Path, shards: Shards, args: argparse.Namespace) ->
     engine = engines.Engine(RankingModel(encoder), hardware.compose(path, optimization, 1, accumulate=False),
                             optimization, engines.start_processes())
     negatives = NegativesConfig(str(folder / "negatives.jsonl"), per_query=args.negatives)
-    draws.build(shards, "train", negatives, folder / "drawn")
+    negative_rows.build(shards, "train", negatives, folder / "drawn")
     chunk = args.chunk if args.device == "cpu" else args.batch * (1 + args.negatives)
     data = RankingData(shards, "train", draws.NegativeLists(folder / "drawn"), negatives, seed=0, batch=args.batch,
                        micro_batch=chunk, packed=packed)

@@ -14,7 +14,7 @@ import pytest
 
 from lexmae import artifact
 from lexmae.config import NegativesConfig
-from lexmae.data import draws
+from lexmae.data import draws, negative_rows
 from lexmae.data.corpus import Passage, Query, write_beir
 from lexmae.data.negatives import write_negatives
 from lexmae.data.shards import Shards, prepare
@@ -96,7 +96,7 @@ def lists(tiny_shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> draw
     random = np.random.default_rng(3)
     write_negatives(folder / "n.jsonl", ((f"t{i}", [f"d{j}" for j in random.permutation(41)[:10]], None)
                                          for i in range(13) if i != 3))
-    draws.build(tiny_shards, "train", NegativesConfig(str(folder / "n.jsonl"), depth=10), folder / "lists")
+    negative_rows.build(tiny_shards, "train", NegativesConfig(str(folder / "n.jsonl"), depth=10), folder / "lists")
     return draws.NegativeLists(folder / "lists")
 
 

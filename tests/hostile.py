@@ -19,7 +19,7 @@ import yaml
 from lexmae import artifact, cluster, recipe, verification
 from lexmae.config import FinetuneRecipe, PretrainRecipe
 from lexmae.cycle.config import PipelineRecipe
-from lexmae.data import draws
+from lexmae.data import draws, negative_rows
 from lexmae.data.corpus import Corpus, Passage, Query, write_beir
 from lexmae.data.negatives import read_negatives
 from lexmae.data.qrels import read_qrels
@@ -187,7 +187,7 @@ def _negatives(folder: Path, shards: Path) -> list[Target]:
     source.write_bytes(b'{"qid": "q0", "negatives": ["d2", "d3"]}\n{"qid": "q1", "negatives": ["d0"]}\n')
     config = recipe.load(_write(folder / "finetune.yaml", {"data": "d", "output": "o",
                                                            "negatives": {"path": str(source)}}), FinetuneRecipe)
-    draws.build(Shards.open(shards), "train", config.negatives, path)
+    negative_rows.build(Shards.open(shards), "train", config.negatives, path)
 
     def read() -> None:
         lists = draws.NegativeLists(path)

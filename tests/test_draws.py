@@ -7,7 +7,7 @@ import pytest
 
 from lexmae import artifact
 from lexmae.config import NegativesConfig, NegativeSource
-from lexmae.data import draws
+from lexmae.data import draws, negative_rows
 from lexmae.data.negatives import write_negatives
 from lexmae.data.randomness import KeyedRandom
 from lexmae.errors import InputError
@@ -21,7 +21,7 @@ def build(tiny_shards, tmp_path):
         if rows is not None:
             source = tmp_path / "n.jsonl"
             write_negatives(source, ((qid, names, None) for qid, names in rows.items()))
-        draws.build(tiny_shards, split, NegativesConfig(str(source or ""), depth=depth), tmp_path / "lists")
+        negative_rows.build(tiny_shards, split, NegativesConfig(str(source or ""), depth=depth), tmp_path / "lists")
         return draws.NegativeLists(tmp_path / "lists")
     return make
 
@@ -101,7 +101,7 @@ def test_a_draw_depends_on_its_example_alone(tiny_shards, build):
 
 
 def test_an_unknown_document_is_named(tiny_shards, build):
-    with pytest.raises(InputError, match="unknown document 'd99'"):
+    with pytest.raises(InputError, match="n.jsonl: query 't0': unknown document 'd99' of "):
         build({"t0": ["d1", "d99"]})
 
 
@@ -130,7 +130,7 @@ def test_what_is_written_says_where_it_comes_from(tiny_shards, build, tmp_path, 
     assert manifest.config == {"split": "train", "sources": [source], "filter_margin": None, "filter_ratio": None}
     left_out = {"positives": 0, "above_margin": 0, "above_ratio": 0, "queries_without_scores": 0}
     assert manifest.counts == {"queries": 12, "without_negatives": 11, "documents": 41,
-                               "sources": [{"kept": 1, **left_out}]}
+                               "sources": [{"queries": 1, "kept": 1, **left_out}]}
     assert "11 of 12 queries have no hard negatives" in capsys.readouterr().err
     build({"t0": ["d21"]})  # a new run replaces them
     assert artifact.read(tmp_path / "lists").fingerprint != manifest.fingerprint
@@ -146,7 +146,7 @@ def several(shards, folder, sources: list[dict[str, list[str]]], **options) -> d
         write_negatives(folder / f"{i}.jsonl", rows.items())
         own = {name: values[i] for name, values in options.items() if isinstance(values, list)}
         given.append(NegativeSource(str(folder / f"{i}.jsonl"), **own))
-    draws.build(shards, "train", NegativesConfig(sources=tuple(given)), folder / "lists")
+    negative_rows.build(shards, "train", NegativesConfig(sources=tuple(given)), folder / "lists")
     return draws.NegativeLists(folder / "lists")
 
 
@@ -196,7 +196,8 @@ SCORED = {"t0": (["d20", "d21", "d22", "d23", "d24"], [9.5, 8.0, 7.0, 3.0, -1.0]
 
 def scored(shards, folder, rows=SCORED, distil: bool = False, **options) -> draws.NegativeLists:
     write_negatives(folder / "n.jsonl", ((qid, *row) for qid, row in rows.items()))
-    draws.build(shards, "train", NegativesConfig(str(folder / "n.jsonl"), **options), folder / "lists", distil=distil)
+    config = NegativesConfig(str(folder / "n.jsonl"), **options)
+    negative_rows.build(shards, "train", config, folder / "lists", distil=distil)
     return draws.NegativeLists(folder / "lists")
 
 
@@ -253,3 +254,49 @@ def test_distillation_trains_on_what_the_teacher_knows(tiny_shards, tmp_path, ca
         scored(tiny_shards, tmp_path, {"t0": (["d20"], None, None)}, distil=True)
     with pytest.raises(InputError, match="no judged pair of the split 'train' has a teacher's scores"):
         scored(tiny_shards, tmp_path, {"t0": (["d20"], [1.0], None)}, distil=True)
+
+
+def listed(shards, lists, query: str, source: int = 0) -> list[str]:
+    found = lists._sources[source]
+    return names(shards, found.rows[found.part(row(shards, query))])
+
+
+def test_a_document_named_twice_counts_once(tiny_shards, build, tmp_path):
+    assert listed(tiny_shards, build({"t0": ["d20", "d20", "d21", "d20", "d22", "d23"]}, depth=3), "t0") \
+        == ["d20", "d21", "d22"]
+    lists = scored(tiny_shards, tmp_path, {"t0": (["d20", "d21", "d20", "d22"], [3.0, 2.0, 1.0, 0.0], {"d0": 9.0})})
+    assert listed(tiny_shards, lists, "t0") == ["d20", "d21", "d22"]
+    assert lists._sources[0].scores.tolist() == [3.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_filters_know_the_positives_of_every_source(tiny_shards, tmp_path, order):
+    rows = [("t0", ["d20", "d21"], [9.9, 1.0], None), ("t0", ["d22", "d23"], [9.8, 1.0], {"d0": 10.0})]
+    for i in order:
+        write_negatives(tmp_path / f"n{i}.jsonl", [rows[i]])
+    given = tuple(NegativeSource(str(tmp_path / f"n{i}.jsonl")) for i in order)
+    negative_rows.build(tiny_shards, "train", NegativesConfig(sources=given, filter_margin=1.0), tmp_path / "lists")
+    lists = draws.NegativeLists(tmp_path / "lists")
+    assert [listed(tiny_shards, lists, "t0", place) for place in range(2)] == [[["d21"], ["d23"]][i] for i in order]
+
+
+def test_one_query_without_scores_beside_filtered_ones_is_no_error(tiny_shards, tmp_path):
+    rows = {"t0": (["d20"], [9.9], {"d0": 10.0}), "t1": (["d25"], [4.9], {"d3": 5.0}), "t2": (["d20"], None, None)}
+    lists = scored(tiny_shards, tmp_path, rows, filter_margin=1.0)
+    assert [listed(tiny_shards, lists, query) for query in rows] == [[], [], ["d20"]]
+
+
+def test_distillation_counts_what_it_keeps(tiny_shards, tmp_path, capsys):
+    rows = {"t0": (["d20", "d21"], [1.0, 2.0], {"d0": 4.0}), "t1": (["d25"], None, None)}
+    lists = scored(tiny_shards, tmp_path, rows, distil=True)
+    counts = artifact.read(tmp_path / "lists").counts
+    assert counts["sources"][0]["kept"] == len(lists._sources[0].rows) == 2 and counts["without_negatives"] == 0
+    assert "random passages" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names_given, skip", [(["d20", "d21"], 30), (["d0"], 0)])
+def test_a_source_with_nothing_at_its_ranks_is_refused(tiny_shards, tmp_path, names_given, skip):
+    write_negatives(tmp_path / "n.jsonl", [("t0", names_given)])
+    config = NegativesConfig(sources=(NegativeSource(str(tmp_path / "n.jsonl"), skip=skip, depth=200),))
+    with pytest.raises(InputError, match=f"n.jsonl: has no documents between ranks {skip} and 200, judged positives"):
+        negative_rows.build(tiny_shards, "train", config, tmp_path / "lists")

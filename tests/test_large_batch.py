@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lexmae.config import LossConfig, NegativesConfig
-from lexmae.data import draws
+from lexmae.data import draws, negative_rows
 from lexmae.data.batches import RankingData, read_texts
 from lexmae.data.negatives import write_negatives
 from lexmae.model import backbone
@@ -30,7 +30,7 @@ def lists(tiny_shards, tmp_path_factory) -> draws.NegativeLists:
         (qid, [f"d{i}" for i in range(41)], [(i % 7) / 2 for i in range(41)], dict.fromkeys(found, 3.0))
         for qid, found in tiny_shards.qrels("train").items()))
     config = NegativesConfig(path=str(folder / "n.jsonl"), depth=30)
-    draws.build(tiny_shards, "train", config, folder / "lists", distil=True)
+    negative_rows.build(tiny_shards, "train", config, folder / "lists", distil=True)
     return draws.NegativeLists(folder / "lists")
 
 

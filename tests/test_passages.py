@@ -13,7 +13,7 @@ from test_shards import FAMILIES, TEXTS, TITLES, split_rows
 
 from lexmae import artifact
 from lexmae.config import NegativesConfig, NegativeSource
-from lexmae.data import draws, passages
+from lexmae.data import draws, negative_rows, passages
 from lexmae.data import tokenizer as tok
 from lexmae.data.batches import RankingData
 from lexmae.data.corpus import Passage, Query, write_beir
@@ -137,12 +137,12 @@ def test_rows_of_documents(long_shards):
 
 def test_lists_may_name_documents_and_passages(long_shards):
     names, documents = long_shards.docs.ids(), long_shards.documents
-    found = documents.rows_named(["D2", "D4#1", "D1", "D4#0", "D1#2", "D2"], "first")
+    found = documents.rows_named(["D2", "D4#1", "D1", "D4#0", "D1#2", "D2"], "first")[0]
     assert [names[row] for row in found] == ["D2#0", "D4#1", "D1#0", "D4#0", "D1#2"]
-    found = documents.rows_named(["D4#1", "D4", "D0"], "all")
+    found = documents.rows_named(["D4#1", "D4", "D0"], "all")[0]
     count = sum(name.startswith("D4#") for name in names)
     assert [names[row] for row in found] == ["D4#1", *(f"D4#{n}" for n in range(count) if n != 1), "D0#0"]
-    assert documents.rows_named([]).tolist() == []
+    assert documents.rows_named([])[0].tolist() == []
     with pytest.raises(InputError, match="unknown document 'D4#99'"):
         documents.rows_named(["D4#99"])
 
@@ -150,7 +150,7 @@ def test_lists_may_name_documents_and_passages(long_shards):
 def test_unsplit_documents_are_their_rows(tiny_shards):
     documents = tiny_shards.documents
     assert len(documents) == 41 and not tiny_shards.split_documents
-    assert documents.rows_named(["d3", "d1"]).tolist() == documents.numbers(["d3", "d1"]).tolist() == [3, 1]
+    assert documents.rows_named(["d3", "d1"])[0].tolist() == documents.numbers(["d3", "d1"]).tolist() == [3, 1]
     assert documents.rows(np.array([5]), "first").tolist() == [5] and documents.sizes(np.array([5])).tolist() == [1]
     assert documents.ids(np.array([5])) == ["d5"] and documents.contains(["d5", "x"]).tolist() == [True, False]
 
@@ -192,7 +192,7 @@ def test_command(long_dir, tmp_path, capsys):
 def build(shards, folder, rows, which="first", depth=100):
     source = folder / "n.jsonl"
     write_negatives(source, ((query, names, None) for query, names in rows.items()))
-    draws.build(shards, "train", NegativesConfig(str(source or ""), depth=depth), folder / "lists", which)
+    negative_rows.build(shards, "train", NegativesConfig(str(source or ""), depth=depth), folder / "lists", which)
     return draws.NegativeLists(folder / "lists")
 
 
@@ -213,12 +213,19 @@ def test_positives_are_first_or_all_passages(long_shards, tmp_path, which):
     assert judged == [name for name in long_shards.docs.ids() if name.startswith("D4#")]  # all, in either case
 
 
+def test_ranks_are_of_documents_however_many_passages_they_have(long_shards, tmp_path):
+    ranked = ["D4", "D5", "D6", "D7", "D8"]  # of t1, whose positive is D4
+    lists = build(long_shards, tmp_path, {"t1": ranked}, "all", depth=3)
+    found = {name.partition("#")[0] for name in named(long_shards, lists._sources[0].rows)}
+    assert found == {"D5", "D6", "D7"}
+
+
 def with_best(shards, folder, sources: list[list[Row]], name="lists") -> draws.NegativeLists:
     files = [folder / f"{name}-{i}.jsonl" for i in range(len(sources))]
     for file, rows in zip(files, sources, strict=True):
         write_negatives(file, rows)
     config = NegativesConfig(sources=tuple(NegativeSource(str(file)) for file in files))
-    draws.build(shards, "train", config, folder / name, "best")
+    negative_rows.build(shards, "train", config, folder / name, "best")
     return draws.NegativeLists(folder / name)
 
 

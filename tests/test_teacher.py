@@ -9,7 +9,7 @@ from test_reranker import scorer
 
 from lexmae import artifact
 from lexmae.config import NegativesConfig
-from lexmae.data import draws
+from lexmae.data import draws, negative_rows
 from lexmae.data.batches import RankingData
 from lexmae.data.negatives import write_negatives
 from lexmae.data.pairs import read_pairs
@@ -33,7 +33,7 @@ def teacher_dir(tiny_shards, tmp_path_factory):
 def data(shards, teacher: Teacher, folder, **options) -> RankingData:
     write_negatives(folder / "n.jsonl", ((f"t{i}", [f"d{(i + 5 * j) % 41}" for j in range(8)]) for i in range(13)))
     config = NegativesConfig(str(folder / "n.jsonl"), per_query=2)
-    draws.build(shards, "train", config, folder / "lists")
+    negative_rows.build(shards, "train", config, folder / "lists")
     queries = shards.queries("train")
     return RankingData(shards, "train", draws.NegativeLists(folder / "lists"), config, seed=1, batch=6,
                        pairs=lambda q, d: read_pairs(shards, queries, q, d, teacher.max_length), **options)

@@ -15,7 +15,7 @@ from launching import reseal, run
 
 from lexmae import artifact, cli, remembered, verification
 from lexmae.config import NegativesConfig
-from lexmae.data import draws
+from lexmae.data import negative_rows
 from lexmae.data.draws import NegativeLists
 from lexmae.data.negatives import write_negatives
 from lexmae.data.shards import Shards
@@ -31,7 +31,8 @@ def made(tmp_path, shards_dir, model_dir) -> dict[str, tuple[Path, Callable]]:
     shutil.copytree(shards_dir, tmp_path / "shards")
     shutil.copytree(model_dir, tmp_path / "model")
     write_negatives(tmp_path / "n.jsonl", [("t0", ["d1", "d2", "d5"], None), ("t1", ["d7"], None)])
-    draws.build(Shards.open(shards_dir), "train", NegativesConfig(str(tmp_path / "n.jsonl")), tmp_path / "negatives")
+    config = NegativesConfig(str(tmp_path / "n.jsonl"))
+    negative_rows.build(Shards.open(shards_dir), "train", config, tmp_path / "negatives")
     SparseVectors(["a", "b"], np.array([0, 2, 3]), np.array([0, 1, 1], np.int32), np.array([5, 4, 3], np.uint16),
                   ["x", "y"], {"side": "docs"}).save(tmp_path / "vectors")
     DenseVectors(["a", "b"], np.ones((2, 3), np.float32), {"side": "docs"}).save(tmp_path / "dense")

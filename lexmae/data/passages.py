@@ -151,14 +151,20 @@ class PassageMap:
         documents = np.asarray(documents, np.int64)
         return np.ones_like(documents) if self.ends is None else self.ends[documents] - self._starts(documents)
 
-    def rows_named(self, names: Sequence[str], which: str = "all") -> np.ndarray:
-        """Rows of a list that names documents or, where documents are split, single passages; in its order.
+    def rows_named(self, names: Sequence[str], which: str = "all") -> tuple[np.ndarray, np.ndarray]:
+        """Rows of a list that names documents or, where documents are split, single passages; in its order, no row
+        twice.
+
+        Returns:
+            The rows, and the place in ``names`` that each comes from, both int64 [R].
 
         Raises:
             InputError: names the first that is neither.
         """
         if self.ends is None:
-            return self.table.rows(names)
+            rows = self.table.rows(names)
+            first = np.sort(np.unique(rows, return_index=True)[1])
+            return rows[first], first
         single = self.table.contains(names)
         starts, sizes = np.empty(len(names), np.int64), np.ones(len(names), np.int64)
         starts[single] = self.table.rows([name for name, alone in zip(names, single, strict=True) if alone])
@@ -167,7 +173,8 @@ class PassageMap:
         if which == "all":
             sizes[~single] = self.sizes(documents)
         rows = _ranges(starts, sizes)
-        return rows[np.sort(np.unique(rows, return_index=True)[1])]
+        first = np.sort(np.unique(rows, return_index=True)[1])
+        return rows[first], np.repeat(np.arange(len(names)), sizes)[first]
 
     def _starts(self, documents: np.ndarray) -> np.ndarray:
         documents = np.asarray(documents, np.int64)

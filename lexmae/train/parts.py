@@ -14,7 +14,7 @@ import torch
 
 from lexmae.cli import say
 from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, RerankRecipe
-from lexmae.data import draws
+from lexmae.data import draws, negative_rows
 from lexmae.data.batches import PretrainData, RankingData, read_texts
 from lexmae.data.pairs import RerankData, read_pairs
 from lexmae.data.shards import Shards
@@ -138,7 +138,8 @@ def _negatives(config: FinetuneRecipe | RerankRecipe, shards: Shards, place: Pla
     """The recipe's lists of negatives as rows, which rank 0 makes."""
     lists = Path(config.output) / "negatives"
     stored = isinstance(config, FinetuneRecipe) and config.loss.distillation != "none" and not config.loss.teacher
-    place.on_rank_zero(lambda: draws.build(shards, config.split, config.negatives, lists, config.passages, stored))
+    place.on_rank_zero(lambda: negative_rows.build(shards, config.split, config.negatives, lists, config.passages,
+                                              stored))
     return draws.NegativeLists(lists)
 
 

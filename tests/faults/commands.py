@@ -119,7 +119,7 @@ def load() -> None:
     import torch
     import transformers  # noqa: F401
 
-    from lexmae.data import draws, prepare  # noqa: F401
+    from lexmae.data import negative_rows, prepare  # noqa: F401
     from lexmae.retrieval import bm25, encode, encode_dense, engines, exact, mining, score, updates  # noqa: F401
     from lexmae.train import checkpoint, engine, loop, session  # noqa: F401
 
@@ -179,7 +179,7 @@ def inputs(folder: Path) -> None:
     from test_launch import TINY, write_recipe
 
     from lexmae.config import NegativesConfig
-    from lexmae.data import draws
+    from lexmae.data import negative_rows
     from lexmae.data.corpus import write_beir
     from lexmae.data.negatives import write_negatives
     from lexmae.data.shards import Shards, prepare
@@ -207,7 +207,7 @@ def inputs(folder: Path) -> None:
     updates.delete(folder / "index-old", folder / "gone")
     write_negatives(folder / "n.jsonl", [(f"t{i}", [f"d{(7 * i + j) % 41}" for j in range(9)], None)
                                          for i in range(13)])
-    draws.build(Shards.open(shards), "train", NegativesConfig(str(folder / "n.jsonl")), folder / "negatives")
+    negative_rows.build(Shards.open(shards), "train", NegativesConfig(str(folder / "n.jsonl")), folder / "negatives")
     tiny = {**TINY, "size": {**TINY["size"], "hidden_dropout_prob": 0.1}}
     for kind in ("pretrain", "finetune"):
         changes = {"negatives": {"path": str(folder / "n.jsonl"), "per_query": 2}} if kind == "finetune" else {}
