@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from lexmae.errors import InputError
 
@@ -20,6 +24,10 @@ _NPY = re.compile(rb"\x93NUMPY(?:\x01\x00..|[\x02\x03]\x00....)\{'descr': '(?P<t
                   rb"\((?P<shape>(?:[0-9]{1,18},|[0-9]{1,18}(?:, [0-9]{1,18}){1,7})?)\), \} *\n", re.DOTALL)
 
 _ARROW = b"ARROW1"
+
+LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
+                  RuntimeError, EOFError, SyntaxError, pickle.UnpicklingError, struct.error, SafetensorError)
+"""What transformers and torch raise for files that are damaged or hold other values than they expect."""
 
 if TYPE_CHECKING:
     import numpy as np

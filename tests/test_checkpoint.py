@@ -286,7 +286,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path, how, capsys):
     make(tmp_path, 1, 2, 3)
     damage(tmp_path / "step-3", how)
     found = checkpoint.candidates(tmp_path, "auto")
-    checkpoint.refuse_mismatch(found, CONFIG)
+    checkpoint.refuse_mismatch(found, CONFIG, {})
     assert checkpoint.settle(alone(), found) == tmp_path / "step-2"
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 1 and "step-3" in warnings[0] and f"continuing from {tmp_path / 'step-2'}" in warnings[0]
@@ -299,10 +299,25 @@ def test_none_that_is_whole_is_one_error(tmp_path, how):
     for step in (1, 2):
         damage(tmp_path / f"step-{step}", how)
     found = checkpoint.candidates(tmp_path, "auto")
-    checkpoint.refuse_mismatch(found, CONFIG)
+    checkpoint.refuse_mismatch(found, CONFIG, {})
     with pytest.raises(InputError, match="step-2.*; none of the 2 checkpoints is whole, nothing was changed"):
         checkpoint.settle(alone(), found)
     assert names(tmp_path) == ["step-1", "step-2"]
+
+
+def test_other_data_is_refused(tmp_path):
+    make(tmp_path, 3, inputs={"shards": "a", "n.jsonl": "b"})
+    found = [tmp_path / "step-3"]
+    checkpoint.refuse_mismatch(found, CONFIG, {"shards": "a", "n.jsonl": "b"})
+    with pytest.raises(InputError, match="step-3: was made with other data than n.jsonl now holds"):
+        checkpoint.refuse_mismatch(found, CONFIG, {"shards": "a", "n.jsonl": "c"})
+    checkpoint.refuse_mismatch([make(tmp_path, 4) / "step-4"], CONFIG, {"shards": "a"})  # it does not say
+
+
+def test_the_best_is_that_of_the_newest_kind_of_probe(tmp_path):
+    for step, figure, queries in ((1, 0.9, 5), (2, 0.3, 9), (3, 0.4, 9), (4, 0.2, 9)):
+        make(tmp_path, step, **{checkpoint.PROBE: figure, checkpoint.PROBED: {"queries": queries}})
+    assert checkpoint.best(tmp_path, [1, 2, 3, 4]) == 3 and checkpoint.best(tmp_path, [1]) == 1
 
 
 def test_one_that_is_named_must_be_whole(tmp_path):
@@ -314,8 +329,8 @@ def test_one_that_is_named_must_be_whole(tmp_path):
 
 def test_the_same_recipe_is_accepted_also_as_json_gives_it_back(tmp_path):
     make(tmp_path, 3)
-    assert checkpoint.refuse_mismatch([tmp_path / "step-3"], CONFIG) is None
-    assert checkpoint.refuse_mismatch([tmp_path / "step-3"], json.loads(json.dumps(CONFIG))) is None
+    assert checkpoint.refuse_mismatch([tmp_path / "step-3"], CONFIG, {}) is None
+    assert checkpoint.refuse_mismatch([tmp_path / "step-3"], json.loads(json.dumps(CONFIG)), {}) is None
 
 
 @pytest.mark.parametrize("config, reason", [
@@ -326,4 +341,4 @@ def test_the_same_recipe_is_accepted_also_as_json_gives_it_back(tmp_path):
 ])
 def test_another_recipe_is_refused(tmp_path, config, reason):
     with pytest.raises(InputError, match=reason):
-        checkpoint.refuse_mismatch([make(tmp_path, 3) / "step-3"], config)
+        checkpoint.refuse_mismatch([make(tmp_path, 3) / "step-3"], config, {})

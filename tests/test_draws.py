@@ -127,12 +127,19 @@ def test_what_is_written_says_where_it_comes_from(tiny_shards, build, tmp_path, 
     assert manifest.inputs["shards"]["fingerprint"] == tiny_shards.manifest.fingerprint
     assert manifest.inputs["negatives"]["path"].endswith("n.jsonl")
     source = {"path": str(tmp_path / "n.jsonl"), "share": 1.0, "skip": 0, "depth": 7}
-    assert manifest.config == {"split": "train", "sources": [source], "filter_margin": None, "filter_ratio": None}
+    assert manifest.config == {"split": "train", "sources": [source], "filter_margin": None, "filter_ratio": None,
+                               "distil": False, "checksums": [artifact.checksum(tmp_path / "n.jsonl")]}
     left_out = {"positives": 0, "above_margin": 0, "above_ratio": 0, "queries_without_scores": 0}
     assert manifest.counts == {"queries": 12, "without_negatives": 11, "documents": 41,
                                "sources": [{"queries": 1, "kept": 1, **left_out}]}
     assert "11 of 12 queries have no hard negatives" in capsys.readouterr().err
-    build({"t0": ["d21"]})  # a new run replaces them
+    written = (tmp_path / "lists" / artifact.MANIFEST).stat().st_mtime_ns
+    build({"t0": ["d20"]}, depth=7)  # the same again
+    assert (tmp_path / "lists" / artifact.MANIFEST).stat().st_mtime_ns == written
+    (tmp_path / "lists" / "source0-rows.npy").write_bytes(b"damaged")
+    build({"t0": ["d20"]}, depth=7)
+    assert artifact.read(tmp_path / "lists").fingerprint == manifest.fingerprint
+    build({"t0": ["d21"]}, depth=7)  # a file of other content replaces them
     assert artifact.read(tmp_path / "lists").fingerprint != manifest.fingerprint
 
 

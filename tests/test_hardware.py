@@ -120,7 +120,9 @@ def test_a_file_that_is_no_configuration_is_refused(config, text, line, reason):
 
 
 @pytest.mark.parametrize("content", [{"zero_optimization": 3}, {"zero_optimization": {"stage": "two"}}, {"fp16": True},
-                                     {"zero_optimization": {"stage": 4}}, {"bf16": {"enabled": "auto"}}])
+                                     {"zero_optimization": {"stage": 4}}, {"bf16": {"enabled": "auto"}},
+                                     {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
+                                     {"gradient_allreduce_op": "sum"}, {"fp16": {"min_loss_scale": "x"}}])
 def test_sections_of_the_wrong_kind_are_refused(config, content):
     with pytest.raises(InputError, match=next(iter(content))):
         compose(config(content))

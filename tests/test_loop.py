@@ -16,7 +16,7 @@ import torch
 
 from lexmae.config import LoggingConfig, OptimizationConfig
 from lexmae.errors import Preempted, RunError
-from lexmae.train import loop, schedules, stopping
+from lexmae.train import checkpoint, loop, schedules, stopping
 from lexmae.train.checkpoint import Resumed
 from lexmae.train.engine import StepReport
 from lexmae.train.health import LexiconWatch
@@ -91,13 +91,24 @@ class Recorder:
 
 
 @pytest.fixture
-def saved(monkeypatch) -> list[int]:
+def clock(monkeypatch) -> list[float]:
+    """What the loop takes for the time, in seconds; a checkpoint takes 50 of them."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def saved(monkeypatch, request) -> list[int]:
     """Steps at which a checkpoint was asked for."""
+    clock = request.getfixturevalue("clock") if "clock" in request.fixturenames else None
     steps: list[int] = []
 
     def save(engine, folder, step, config, keep, facts):
         assert facts["objective"] == {"seen": 3}
         steps.append(step)
+        if clock is not None:
+            clock[0] += 50.0
 
     monkeypatch.setattr(loop.checkpoint, "save", save)
     return steps
@@ -168,9 +179,7 @@ def test_the_end_is_saved_once(tmp_path, saved):
     assert saved == [4, 8] and [line["step"] for line in log_of(tmp_path)] == [3, 6, 8]
 
 
-def test_probes_are_reported_and_their_time_is_not_that_of_training(tmp_path, saved, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+def test_the_time_of_probes_and_checkpoints_is_not_that_of_training(tmp_path, clock, saved):
     engine, asked = PlainEngine(), []
     run, _ = make(tmp_path, engine)
 
@@ -245,6 +254,27 @@ def test_too_many_in_a_row_stop_the_run_with_the_names_of_the_examples(tmp_path,
         loop.train(run)
     assert json.loads((tmp_path / "bad_batch.json").read_text())["examples"][9] == "document d6-9"
     assert saved == [4] and not [t for t in threading.enumerate() if t.name == "prefetch"]
+
+
+@pytest.mark.parametrize("total, limit, reason", [(4, 4, "4 steps in a row, the last of them step 4"),
+                                                  (3, 9, "none of the 3 steps changed the weights")])
+def test_a_run_that_ends_without_a_good_step_fails(tmp_path, saved, total, limit, reason):
+    run, _ = make(tmp_path, PlainEngine(), total=total, checkpoint_every=0, max_skipped=limit)
+    run.objective = Broken(*range(total))
+    with pytest.raises(RunError, match=reason):
+        loop.train(run)
+    assert not saved
+
+
+def test_figures_of_other_probes_do_not_count(tmp_path, saved):
+    facts = {"best_probe": 0.8, checkpoint.PROBED: {"queries": 5}}
+    for settings, expected in (({"queries": 5}, [8, 10]), ({"queries": 9}, [5, 6, 8, 10])):
+        saved.clear()
+        run, _ = make(tmp_path, PlainEngine())
+        run.facts = {checkpoint.PROBED: settings}
+        run.probe = lambda done: {"probe_mrr_10": done / 100} if done in (5, 6) else {}
+        loop.train(run, Resumed(4, facts))
+        assert saved == expected
 
 
 def test_a_gradient_that_is_not_finite_counts_too(tmp_path, saved):

@@ -341,6 +341,18 @@ def test_a_budget_moves_lambda_and_its_state_goes_on(texts):
     assert ranking_step(model, other, data, 4)[0] == ranking_step(model, objective, data, 4)[0]
 
 
+def test_a_step_that_is_not_finite_moves_no_lambda(texts):
+    config = LossConfig(lambda_docs=0.1, active_terms=ActiveTermsConfig(docs=3))
+    model, data = RankingModel(SparseEncoder(tiny())), ranking_batch(texts, 6)
+    objective = RankingObjective(config, lambda rows: rows, 1)
+    ranking_step(model, objective, data, 0)
+    before = objective.state_dict()
+    with torch.no_grad():
+        next(model.parameters())[:] = torch.nan
+    loss = ranking_step(model, objective, data, 1)[0]["loss"]
+    assert loss != loss and objective.state_dict() == before
+
+
 # -------------------------------------------------------------------------------------------- large batches
 
 

@@ -67,6 +67,7 @@ class ModelConfig:
         require(self.queries in QUERY_ENCODERS, f"queries: one of {', '.join(QUERY_ENCODERS)} is needed")
         require(self.packing in PACKINGS, f"packing: one of {', '.join(PACKINGS)} is needed")
         require(self.architecture in ARCHITECTURES, f"architecture: one of {', '.join(ARCHITECTURES)} is needed")
+        require(self.init == "scratch" or self.architecture == "bert", "architecture: only goes with 'init: scratch'")
         require(self.init == "scratch" or not self.size, "size: only goes with 'init: scratch'")
         require(self.init == "scratch" or not self.lexical_start, "lexical_start: only goes with 'init: scratch'")
         require(self.frequency_penalty >= 0, "frequency_penalty: cannot be negative")
@@ -122,6 +123,8 @@ class BottleneckConfig:
         require(self.decoder_layers >= 1, "decoder_layers: at least 1 is needed")
         for name in ("encoder_weight", "decoder_weight", "bow_weight"):
             require(getattr(self, name) >= 0, f"{name}: cannot be negative")
+        require(self.encoder_weight + self.decoder_weight + self.bow_weight > 0, "encoder_weight: one of the weights "
+                "must be above 0, or there is nothing to learn")
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,10 @@ class OptimizationConfig:
         require(0 <= self.warmup <= 1, "warmup: a share of the steps between 0 and 1 is needed")
         require(self.clip >= 0, "clip: cannot be negative")
         require(self.weight_decay >= 0, "weight_decay: cannot be negative")
-        require(self.seed >= 0, "seed: cannot be negative")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name}: from 0 to below 1 is needed")
+        require(self.epsilon > 0, "epsilon: must be positive")
+        require(0 <= self.seed < 2 ** 63, "seed: from 0 to below 2^63 is needed")
 
 
 @dataclass(frozen=True)
@@ -272,6 +278,8 @@ class FinetuneRecipe:
         require(self.passages in PASSAGES, f"passages: one of {', '.join(PASSAGES)} is needed")
         require(self.model.queries == "shared" or self.loss.active_terms.queries is None,
                 "loss or model: the active terms of static queries are their tokens, so they cannot have a budget")
+        require(self.loss.distillation == "none" or self.negatives.per_query >= 1,
+                "negatives: per_query must be at least 1, or there is nothing to distil")
 
 
 @dataclass(frozen=True)
@@ -303,6 +311,7 @@ class RerankRecipe:
         require(self.passages in PASSAGES, f"passages: one of {', '.join(PASSAGES)} is needed")
         require(self.max_length >= 1, "max_length: at least 1 is needed")
         require(self.negatives.per_query >= 1, "negatives: per_query must be at least 1, or there is nothing to learn")
+        require(self.model.queries == "shared", "model: a cross-encoder reads queries, static ones are no part of it")
         require(self.model.packing != "on", "model: packing is for lexicon encoders, the pairs of a scorer are padded")
         require(not (self.model.lexical_start or self.model.frequency_penalty or self.model.start_terms),
                 "model: lexical_start, frequency_penalty and start_terms are for lexicon encoders, a cross-encoder has "

@@ -66,6 +66,8 @@ class LossConfig:
             require(k is None or k >= 1, f"top_k_{side}: at least 1 is needed")
             require(getattr(self.active_terms, side) is None or (start > 0 and kind != "none"),
                     f"active_terms.{side}: needs a regulariser and lambda_{side} above 0 to begin with")
+            require(getattr(self.active_terms, side) is None or k is None,
+                    f"active_terms.{side}: counts what top_k_{side} leaves, so keep one of the two")
         require(self.distillation in DISTILLATIONS, f"distillation: one of {', '.join(DISTILLATIONS)} is needed")
         for name in ("contrastive_weight", "distillation_weight"):
             require(getattr(self, name) >= 0, f"{name}: cannot be negative")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,8 @@ class _Source:
 
 def build(shards: Shards, split: str, config: NegativesConfig, output: str | Path, passages: str = "first",
           distil: bool = False) -> None:
-    """Write the judged positives and the negatives of every judged query of ``split`` as rows.
+    """Write the judged positives and the negatives of every judged query of ``split`` as rows; what was made of the
+    same files and shards before is left as it is.
 
     Judged positives never become negatives, nor do other passages of theirs. Queries that a source does not name
     have an empty list; without a source all have.
@@ -50,6 +52,12 @@ def build(shards: Shards, split: str, config: NegativesConfig, output: str | Pat
         InputError: the split has no judgements, a source names an unknown document or none of the queries, or there
             are no scores where a filter or distillation needs them, or no best passages.
     """
+    settings = {"split": split, "sources": [vars(source) for source in config.lists], "distil": distil,
+                "filter_margin": config.filter_margin, "filter_ratio": config.filter_ratio,
+                "checksums": [artifact.checksum(source.path) for source in config.lists]}
+    settings |= {"passages": passages} if shards.split_documents else {}
+    if _is_made(output, settings, shards):
+        return
     best = shards.split_documents and passages == "best"
     stand_in = "first" if passages == "best" else passages
     positives = _positives(shards, split, "all")
@@ -77,9 +85,6 @@ def build(shards: Shards, split: str, config: NegativesConfig, output: str | Pat
         source.counts["kept"] = sum(map(len, source.rows))
     inputs = {"shards": shards.manifest.path}
     inputs |= {f"negatives{i or ''}": source.config.path for i, source in enumerate(sources)}
-    settings = {"split": split, "sources": [vars(source.config) for source in sources],
-                "filter_margin": config.filter_margin, "filter_ratio": config.filter_ratio}
-    settings |= {"passages": passages} if shards.split_documents else {}
     with artifact.create(output, KIND, inputs=inputs, config=settings, overwrite=True) as draft:
         _save(draft.path, "positives", positives)
         _save(draft.path, "trained", trained, teacher)
@@ -88,6 +93,18 @@ def build(shards: Shards, split: str, config: NegativesConfig, output: str | Pat
         draft.counts.update(queries=judged, without_negatives=empty, documents=len(shards.docs),
                             sources=[source.counts for source in sources])
         draft.extra["shares"] = [source.config.share for source in sources]
+
+
+def _is_made(output: str | Path, settings: Mapping[str, Any], shards: Shards) -> bool:
+    """Whether undamaged rows of the same settings, files and shards are there."""
+    if not artifact.exists(output):
+        return False
+    try:
+        made = artifact.read(output, KIND)
+        artifact.verify(output)
+    except InputError:
+        return False
+    return made.config == settings and made.inputs["shards"].get("fingerprint") == shards.manifest.fingerprint
 
 
 def _positives(shards: Shards, split: str, passages: str) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from lexmae.checked import LOADING_ERRORS
 from lexmae.errors import InputError
 
 MISSING_TITLE = "-"
@@ -184,7 +185,7 @@ def load(name: str | Path) -> Any:
         raise InputError("no such folder with a tokenizer", path=folder)
     try:
         found = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot load a tokenizer: {reason[:300]}", path=name) from error
     for key in ("is_local", "local_files_only"):  # how it was loaded is no part of what it is

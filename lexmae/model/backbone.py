@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from lexmae.checked import LOADING_ERRORS
 from lexmae.errors import InputError
 from lexmae.model.attention import run_packed
 from lexmae.model.packing import Packing
@@ -144,8 +145,7 @@ def _load(kind: Any, what: str, init: str, subfolder: str = "", **kw: Any) -> An
         raise InputError("a model folder or hub name is needed")
     folder = Path(init)
     if folder.is_dir():
-        folder, subfolder = folder / subfolder, ""
-        init = str(folder)
+        folder, subfolder, init = folder / subfolder, "", str(folder / subfolder)
         if not (folder / "config.json").is_file():
             raise InputError("no config.json: not a Hugging Face model folder", path=init)
     elif folder.is_absolute() or init.startswith((".", "~")) or init.count("/") > 1:
@@ -159,7 +159,7 @@ def _load(kind: Any, what: str, init: str, subfolder: str = "", **kw: Any) -> An
             return kind.from_pretrained(init, config=config, subfolder=subfolder, trust_remote_code=False, **kw)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+    except (*LOADING_ERRORS, StrictDataclassError) as error:
         raise InputError(f"cannot load {what}: {_first_line(error)}", path=init) from error
 
 
@@ -188,14 +188,15 @@ def _create(kind: Any, architecture: str, vocab_size: int, special: Mapping[str,
     _check_family(architecture)
     size = dict(size or {})
     known = size_keys(architecture)
-    unknown = sorted(set(size) - set(known))
-    if unknown:
+    if unknown := sorted(set(size) - set(known)):
         raise InputError(f"unknown size {', '.join(unknown)} for {architecture}; known: {', '.join(known)}")
     ids = _special_ids(special, vocab_size)
     try:
         config = AutoConfig.for_model(architecture, **{"vocab_size": vocab_size, **ids, **size, **kw})
+        if config.num_hidden_layers < 1:
+            raise ValueError("num_hidden_layers must be at least 1")
         return kind.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, AssertionError, StrictDataclassError) as error:
+    except (*LOADING_ERRORS, StrictDataclassError) as error:
         raise InputError(f"cannot build a {architecture} of this size: {_first_line(error)}") from error
 
 

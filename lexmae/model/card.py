@@ -220,7 +220,7 @@ def _training(facts: Facts) -> str:
     if facts.stage == "finetune" and f"queries.{split}" in counts:
         rows += [(f"Queries ({plain(split)})", f"{counts[f'queries.{split}']:,}"),
                  ("Judgements", f"{counts.get(f'judgements.{split}', 0):,}"),
-                 ("Negatives", plain(settings["negatives"]["path"] or "random passages"))]
+                 ("Negatives", plain(_negatives(settings["negatives"])))]
     rows += [("Started from", plain(settings["model"]["init"])), ("Weights", f"{facts.weights:,}"),
              ("Steps", f"{facts.steps:,}"), ("Batch", f"{settings['optimization']['batch']:,}")]
     rows += [(title, f"{facts.last[name]:.4g}") for name, title in _SHOWN
@@ -229,6 +229,10 @@ def _training(facts: Facts) -> str:
     rows.append(("Made with", ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "deepspeed")
                                         if name in versions)))
     return _table(("", ""), rows)
+
+
+def _negatives(settings: Mapping[str, Any]) -> str:
+    return settings["path"] or ", ".join(source["path"] for source in settings["sources"]) or "random passages"
 
 
 def _probe_note(facts: Facts) -> str:

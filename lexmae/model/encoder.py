@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lexmae.checked import LOADING_ERRORS
 from lexmae.errors import InputError
 from lexmae.model import attention, backbone, foreign
 from lexmae.model.pooling import Pooling
@@ -145,7 +146,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer from its folder; InputError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise InputError("cannot load a tokenizer from here", path=folder) from error
 
 

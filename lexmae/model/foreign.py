@@ -18,20 +18,19 @@ from __future__ import annotations
 
 import ast
 import json
-import pickle
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from lexmae import artifact
+from lexmae.checked import LOADING_ERRORS
 from lexmae.errors import InputError
 from lexmae.model import backbone, lexicon
 from lexmae.model.pooling import Pooling
@@ -43,6 +42,7 @@ QUERY_WEIGHTS = "query_weights.safetensors"
 """A table of token weights in a folder of this project: its queries need no model."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_MODULES = "modules.json"
 _IDF = "idf.json"
 _TRANSFORMERS = ("Transformer", "MLMTransformer")
 _PROMPTS = {"docs": ("document", "passage", "corpus"), "queries": ("query",)}
@@ -106,13 +106,15 @@ def plan(init: str | Path, side: str) -> Plan:
     if artifact.exists(init):
         artifact.read(init, "model")
         return Plan(init, table=_file(init, QUERY_WEIGHTS) if side == "queries" else None)
-    modules = _read_json(init, "modules.json")
+    modules = _read_json(init, _MODULES)
     if modules is None:
         table = _file(init, _IDF) if side == "queries" else None
         return Plan(init, pooling=Pooling(skipped=()), table=table)
     _refuse_prompt(init, side)
-    settings = _read_json(init, "config_sentence_transformers.json") or {}
-    return _from_modules(init, side, _route(init, modules, side), settings.get("max_active_dims"))
+    top_k = (_read_json(init, "config_sentence_transformers.json") or {}).get("max_active_dims")
+    if top_k is not None and not (type(top_k) is int and top_k >= 1):
+        raise InputError(f"max_active_dims: a number of entries is needed, not {top_k!r}", init)
+    return _from_modules(init, side, _route(init, modules, side), top_k)
 
 
 def dense_plan(init: str | Path, side: str, representation: str) -> tuple[Plan, bool]:
@@ -128,7 +130,7 @@ def dense_plan(init: str | Path, side: str, representation: str) -> tuple[Plan, 
         InputError: as `plan`; or the folder pools its texts in another way.
     """
     init = str(init)
-    modules = None if artifact.exists(init) else _read_json(init, "modules.json")
+    modules = None if artifact.exists(init) else _read_json(init, _MODULES)
     route = [] if modules is None else _route(init, modules, side)
     kinds = [kind for kind, _ in route]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
@@ -163,7 +165,7 @@ def tokenizer(chosen: Plan) -> Any | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(chosen.init, subfolder=found[0])
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(f"cannot load its tokenizer: {' '.join(str(error).split())[:300]}", chosen.init) from error
 
 
@@ -189,7 +191,10 @@ def _branch(init: str, path: str, side: str) -> list[tuple[str, str]]:
     if not config or not config.get("structure"):
         raise InputError("its router has no router_config.json", init)
     ways, parameters, task = config["structure"], config.get("parameters", {}), SIDES[side]
-    mapped = {ast.literal_eval(key): way for key, way in (parameters.get("route_mappings") or {}).items()}
+    try:
+        mapped = {ast.literal_eval(key): way for key, way in (parameters.get("route_mappings") or {}).items()}
+    except LOADING_ERRORS as error:
+        raise InputError(f"its router has route_mappings that cannot be read ({error})", init) from None
     asked = [mapped.get(key) for key in ((task, "text"), (task, None), (None, "text"), (None, None))]
     asked += [name if name in ways else None for name in (task, "text")]
     way = next((name for name in asked if name is not None), None)
@@ -249,6 +254,8 @@ def _refuse_prompt(init: str, side: str) -> None:
     """Refuse texts that the folder's own package would begin with a prompt."""
     config = _read_json(init, "config_sentence_transformers.json") or {}
     prompts = config.get("prompts") or {}
+    if not isinstance(prompts, dict):
+        raise InputError("prompts: an object is needed", f"{init}/config_sentence_transformers.json")
     names = [name for name in _PROMPTS[side] if prompts.get(name) is not None] or [config.get("default_prompt_name")]
     if prompt := prompts.get(names[0]):
         raise InputError(f"puts the prompt {prompt!r} before its {side}, which shards do not", init)
@@ -284,7 +291,7 @@ def stored_weights(file: Path) -> Tensor:
     """A table of token weights [V], float32; InputError where the file is none."""
     try:
         stored = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(f"not a table of query weights: {error}", file) from error
     if "weight" not in stored or stored["weight"].dim() != 1:
         raise InputError("not a table of query weights: it holds no list of them", file)
@@ -312,7 +319,10 @@ def _file(init: str, name: str) -> Path | None:
 
 def _read_json(init: str, name: str) -> Any:
     file = _file(init, name)
-    return None if file is None else _parse(file)
+    found = None if file is None else _parse(file)
+    if name != _MODULES and not isinstance(found, dict | None):
+        raise InputError("a JSON object is needed", file)
+    return found
 
 
 def _parse(file: Path) -> Any:

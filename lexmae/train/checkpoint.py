@@ -29,6 +29,8 @@ from lexmae.train.statefile import Stretch
 
 KIND = "checkpoint"
 PROBE = "probe_mrr_10"  # the fact by which the best checkpoint is told
+PROBED = "probed"  # the fact on which the figures of probes depend
+INPUTS = "inputs"  # the fact of what is trained on: path → fingerprint or checksum
 _RECEIVED = ".received"  # a checkpoint of rank 0's host, on a host that does not see its folder
 _RANDOM = "random"
 
@@ -174,13 +176,19 @@ def _remove_old(folder: Path, step: int, keep: int) -> None:
 
 
 def best(folder: Path, known: Sequence[int]) -> int | None:
-    """The earliest of the steps ``known`` whose checkpoint has the highest figure of a probe; None where none has."""
-    figures = {}
-    for step in known:
+    """The earliest of the steps ``known`` whose checkpoint has the highest figure of a probe; None where none has.
+    Figures of other probes than the newest one's do not count."""
+    figures, probed = {}, None
+    for step in sorted(known, reverse=True):
         try:
-            figures[step] = artifact.read(folder / f"step-{step}", KIND).fact(PROBE, float)
+            manifest = artifact.read(folder / f"step-{step}", KIND)
+            figure = manifest.fact(PROBE, float)
         except InputError:  # no probe at that step, or damaged
             continue
+        if not figures:
+            probed = manifest.extra.get(PROBED)
+        if manifest.extra.get(PROBED) == probed:
+            figures[step] = figure
     return max(figures, key=lambda step: (figures[step], -step), default=None)
 
 
@@ -205,11 +213,14 @@ def candidates(folder: Path, resume: str) -> list[Path]:
     return [path]
 
 
-def refuse_mismatch(paths: Sequence[Path], config: Mapping[str, Any]) -> None:
-    """Refuse checkpoints of another recipe, by the first of them that can be read.
+def refuse_mismatch(paths: Sequence[Path], config: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    """Refuse checkpoints of another recipe or other data, by the first of them that can be read.
+
+    Args:
+        inputs: what is trained on now: path → fingerprint or checksum.
 
     Raises:
-        InputError: names the first setting that differs.
+        InputError: names the first setting, or the path of data, that differs.
     """
     for path in paths:
         try:
@@ -219,6 +230,9 @@ def refuse_mismatch(paths: Sequence[Path], config: Mapping[str, Any]) -> None:
         if differing := _first_difference(manifest.config, config):
             key, old, new = differing
             raise InputError(f"was made with {key} = {old!r}, the recipe now says {new!r}", path)
+        before = manifest.extra.get(INPUTS, inputs)
+        if changed := next((name for name in inputs if before.get(name) != inputs[name]), None):
+            raise InputError(f"was made with other data than {changed} now holds: choose another output", path)
         return
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from lexmae import lifeline, memory
 from lexmae.config import OptimizationConfig
+from lexmae.errors import InputError
 from lexmae.ranks import Hosts
 from lexmae.train import fragments
 from lexmae.train.hardware import Hardware
@@ -27,10 +28,12 @@ if not torch.cuda.is_available():  # before deepspeed chooses for itself
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfigError  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes of a loss scaler
 _PATIENCE = datetime.timedelta(minutes=2)  # for `lifeline` to name a hung rank before torch gives up
+_FOR_EVER = datetime.timedelta(days=365)  # what torch waits where nothing counts as hung
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def start_processes() -> torch.device:
         memory.keep_freed_blocks()
         # DeepSpeed's shared-memory operator serves inference alone, and would be compiled at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    wait = datetime.timedelta(seconds=lifeline.hung_limit()) + _PATIENCE
+    seconds = lifeline.hung_limit()
+    wait = datetime.timedelta(seconds=seconds) + _PATIENCE if 0 < seconds < _FOR_EVER.total_seconds() else _FOR_EVER
     patience = {"timeout": max(wait, deepspeed.constants.default_pg_timeout)}
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **patience)
     lifeline.begin()
@@ -128,6 +132,14 @@ class _AdamW(torch.optim.AdamW):
             super().step(closure)
 
 
+def _one_line(error: Exception) -> str:
+    """The key and reason of a pydantic error's first part, or an error's first line."""
+    if callable(getattr(error, "errors", None)):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class Engine:
     """A model under DeepSpeed.
 
@@ -145,6 +157,10 @@ class Engine:
             parameter_groups(model, optimization.weight_decay), lr=0.0,  # some wrappers make an empty step at once
             betas=(optimization.beta1, optimization.beta2), eps=optimization.epsilon, fused=True)
         self.hardware, self.device, self.hosts = hardware, device, hosts
+        try:
+            deepspeed.DeepSpeedConfig(dict(hardware.config))
+        except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
+            raise InputError(f"DeepSpeed refuses the configuration: {_one_line(error)}") from error
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(hardware.config),
                                                   dist_init_required=False)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()

@@ -15,6 +15,7 @@ from lexmae.config import FinetuneRecipe, OptimizationConfig
 from lexmae.errors import InputError
 
 _MICRO = "train_micro_batch_size_per_gpu"
+_ALLREDUCE = "gradient_allreduce_op"
 # Keys of a DeepSpeed configuration that say how a model learns: the recipe owns them.
 _RECIPE_KEYS = {"train_batch_size": "optimization.batch", "gradient_accumulation_steps": "optimization.batch",
                 "managed_gradient_accumulation": "optimization.micro_batch",
@@ -89,6 +90,12 @@ def _check_sections(config: dict[str, Any], path: Path) -> None:
         section = config.get(name, {})
         if not isinstance(section, dict) or not isinstance(section.get("enabled", False), bool):
             raise InputError(f'{name}: an object with "enabled" true or false is needed', path)
+    if all(config.get(name, {}).get("enabled") for name in ("fp16", "bf16")):
+        raise InputError("enables both fp16 and bf16: keep one of the two", path)
+    if not isinstance(config.get("fp16", {}).get("min_loss_scale", 1), (int, float)):
+        raise InputError("fp16.min_loss_scale: a number is needed", path)
+    if config.get(_ALLREDUCE, "mean") != "mean":
+        raise InputError(f"{_ALLREDUCE}: 'mean' is needed, losses are means over the ranks", path)
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise InputError('zero_optimization: an object with "stage" 0, 1, 2 or 3 is needed', path)

@@ -70,6 +70,11 @@ class Skips:
         if self.in_a_row >= self.limit:
             self._stop(done, "loss" if bad_loss else "gradient", at_end)
 
+    def refuse_nothing(self, steps: int) -> None:
+        """RunError where all ``steps`` of a run were left out, so that its weights are those of its start."""
+        if self.total >= steps:
+            raise RunError(f"none of the {steps} steps changed the weights: loss or gradient was never finite")
+
     def _stop(self, done: int, what: str, at_end: bool) -> None:
         ids = self.examples(done - 1)
         if is_main_rank() and ids:

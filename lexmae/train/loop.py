@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Run:
     Attributes:
         data: optimizer step → this rank's part of its batch.
         config: the composed recipe, kept in checkpoints.
+        facts: what else checkpoints keep: ``checkpoint.INPUTS`` and ``checkpoint.PROBED``.
         folder: the run's folder.
         probe: optimizer steps done → figures of a probe, none where none is due.
         examples: optimizer step → ids of its examples, for messages.
@@ -47,6 +48,7 @@ class Run:
     total: int
     folder: Path
     config: dict[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
     probe: Callable[[int], dict[str, float]] = lambda step: {}
     examples: Callable[[int], list[str]] = lambda step: []
     lexicon: LexiconWatch | None = None
@@ -102,7 +104,8 @@ class _Training:
     def __init__(self, run: Run, resumed: Resumed, signals: Signals):
         self.run, self.signals, self.start = run, signals, resumed.step
         self.saved = resumed.step  # the newest checkpoint, or nothing to save
-        self.best = float(resumed.facts.get("best_probe", -1.0))
+        comparable = resumed.facts.get(checkpoint.PROBED) == run.facts.get(checkpoint.PROBED)
+        self.best = float(resumed.facts.get("best_probe", -1.0)) if comparable else -1.0
         hardware = run.engine.hardware
         self.skips = Skips(run.logging.max_skipped, hardware.precision, hardware.lowest_scale, run.examples,
                            run.folder, int(resumed.facts.get("skipped", 0)))
@@ -125,6 +128,9 @@ class _Training:
                 totals = self._meet(step_data, step)
                 lr = schedules.learning_rate(step, run.total, run.optimization.lr, run.optimization.warmup)
                 metrics = self._compute(step_data, totals, step, lr)
+                if step + 1 == run.total:  # which no next step judges
+                    self.skips.judge(run.total, self.last, run.engine.sum(self.bad_loss[None]).item() > 0)
+                    self.skips.refuse_nothing(run.total)
                 self._after(step + 1, metrics, lr)
         finally:
             batches.close()
@@ -189,7 +195,7 @@ class _Training:
             self.log.write(done, self.figures)
             self.shown["MRR@10"] = f"{self.figures[checkpoint.PROBE]:.4f}"
             self.bar.set_postfix(self.shown)
-            self.window.start += time.perf_counter() - probing  # rates are those of training
+            self.window.start += time.perf_counter() - probing  # as in `_save`
         every = run.logging.checkpoint_every
         if done == run.total or (every and (done % every == 0 or improved)):
             self._save(done)
@@ -208,14 +214,15 @@ class _Training:
         """A checkpoint of ``done`` steps; False where there is one already."""
         if done == self.saved:
             return False
-        run = self.run
+        run, start = self.run, time.perf_counter()
         lifeline.at(f"step {done}, checkpoint")
         facts = {"objective": run.objective.state_dict(), "skipped": self.skips.total, "best_probe": self.best,
-                 "said": [] if run.lexicon is None else run.lexicon.said}
+                 "said": [] if run.lexicon is None else run.lexicon.said, **run.facts}
         if self.figures:
             facts[checkpoint.PROBE] = self.figures[checkpoint.PROBE]
         checkpoint.save(run.engine, run.folder / "checkpoints", done, run.config, run.logging.keep, facts)
         self.saved = done
+        self.window.start += time.perf_counter() - start  # rates are those of training
         return True
 
     def _stop(self, done: int) -> None:

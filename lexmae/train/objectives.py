@@ -203,7 +203,7 @@ class RankingObjective:
         if config.distillation != "none":
             values["loss_distillation"] = self._distillation(scores, batch)
             loss = loss + config.distillation_weight * values["loss_distillation"]
-        if self.lambdas.controllers:
+        if self.lambdas.controllers and torch.isfinite(loss):  # other steps are left out
             self.lambdas.observe(step, total_steps, values["terms_docs"].item(), values["terms_queries"].item())
         values["loss"] = loss
         return loss / self.world, {name: value.detach() / self.world for name, value in values.items()}

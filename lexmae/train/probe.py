@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from lexmae import artifact
+from lexmae.cli import say
 from lexmae.config import ProbeConfig
 from lexmae.data.batches import TextBatch, read_texts
 from lexmae.data.shards import Shards, TokenTable
@@ -178,6 +179,8 @@ class Probe:
         started = time.perf_counter()
         with self.engine.evaluating():
             figures = self._measure()
+        if figures["probe_terms_docs"] == 0:
+            say(f"warning: step {step}: the probe's documents have no active term: their biases have fallen too low")
         if figures["probe_mrr_10"] > self.best:
             self.best = figures["probe_mrr_10"]
             self.keep(step, figures)

@@ -24,8 +24,8 @@ from lexmae.train.hardware import Hardware
 
 # What may change between a run and its continuation: sections, and keys of others.
 _WHERE_ONLY = ("output", "deepspeed", "logging", "probe")
-_MACHINE_ONLY = {"model": ("packing", "compile", "activation_checkpointing"),
-                 "optimization": ("micro_batch", "micro_tokens")}
+_LEARNS_NOTHING = {"model": ("packing", "compile", "activation_checkpointing"),
+                   "optimization": ("micro_batch", "micro_tokens"), "bottleneck": ("active_terms",)}
 
 
 def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | None = None,
@@ -81,7 +81,8 @@ def ready(config: PretrainRecipe | FinetuneRecipe | RerankRecipe,
     from lexmae.train import checkpoint
 
     found = checkpoint.candidates(output / "checkpoints", resume)
-    checkpoint.refuse_mismatch(found, _learned(recipe.to_dict(config)))
+    if found:
+        checkpoint.refuse_mismatch(found, _learned(recipe.to_dict(config)), _inputs(config))
     return spread, found
 
 
@@ -132,8 +133,12 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
         if not reranking and config.probe.every:
             probing["probe"] = _probe(config, shards, objective, run_engine, engine, total, bool(chosen), export)
         lexicon = health.watch_lexicon(config, shards.vocab_size, total, resumed.facts.get("said", ()))
+        facts = {checkpoint.INPUTS: _inputs(config) if rank == 0 else {}}  # which writes them
+        if probing:
+            facts[checkpoint.PROBED] = _comparable(recipe.to_dict(config))["probe"]
         loop.train(loop.Run(run_engine, objective, data, config.optimization, config.logging, total, output, learned,
-                            meter=meter, examples=health.example_ids(data), lexicon=lexicon, **probing), resumed)
+                            facts=facts, meter=meter, examples=health.example_ids(data), lexicon=lexicon,
+                            **probing), resumed)
         lifeline.at("writing the model")
         export("model", total)
     except Preempted:
@@ -176,16 +181,24 @@ def _probe(config: Any, shards: Shards, objective: Any, run_engine: Any, engine:
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a composed recipe on which the figures of its probes depend, as a manifest gives it back."""
-    return json.loads(json.dumps({**_learned(config), "probe": {**config["probe"], "every": None}}))
+    terms = config.get("bottleneck", {}).get("active_terms")
+    return json.loads(json.dumps({**_learned(config), "probe": {**config["probe"], "every": None, "terms": terms}}))
 
 
 def _learned(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a composed recipe that a continued run must share with its beginning: without what belongs to the
-    machine."""
+    machine, or to what is measured and written."""
     learned = {key: value for key, value in config.items() if key not in _WHERE_ONLY}
-    for section, keys in _MACHINE_ONLY.items():
-        learned[section] = {key: value for key, value in learned[section].items() if key not in keys}
+    for section in learned.keys() & _LEARNS_NOTHING.keys():
+        learned[section] = {key: value for key, value in learned[section].items()
+                            if key not in _LEARNS_NOTHING[section]}
     return learned
+
+
+def _inputs(config: PretrainRecipe | FinetuneRecipe | RerankRecipe) -> dict[str, str]:
+    """What a continued run must find as its beginning did: path → fingerprint of shards, checksum of negatives."""
+    files = [] if isinstance(config, PretrainRecipe) else [source.path for source in config.negatives.lists]
+    return {config.data: artifact.read(config.data).fingerprint, **{path: artifact.checksum(path) for path in files}}
 
 
 def _flat(name: str, values: Any) -> dict[str, Any]:
@@ -233,6 +246,8 @@ def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], table: d
         inputs["init"] = config.model.init
     if isinstance(config, (FinetuneRecipe, RerankRecipe)):
         inputs |= {f"negatives{i or ''}": source.path for i, source in enumerate(config.negatives.lists)}
+    if isinstance(config, FinetuneRecipe) and config.loss.teacher:
+        inputs["teacher"] = config.loss.teacher
     reranking = isinstance(config, RerankRecipe)
     with artifact.create(target, reranker.KIND if reranking else "model", inputs=inputs, config=recipe.to_dict(config),
                          overwrite=target.name == "best") as draft:
@@ -246,7 +261,7 @@ def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], table: d
             draft.extra["queries"] = "static"
             if not save_table(draft.path, table["raw"], shards.tokenizer_dir, extra["query_length"]):
                 say("sentence-transformers cannot load this model: its vocabulary is larger than the tokenizer's")
-        draft.counts.update(steps=step, weights=sum(t.numel() for t in state.values()))
+        draft.counts.update(steps=step, weights=sum(t.numel() for t in {id(t): t for t in state.values()}.values()))
         draft.extra.update({key: extra[key] for key in ("tokenizer_hash", "vocab_size", "max_length", "query_length")})
         draft.extra.update(facts)
         if not reranking:
@@ -260,4 +275,5 @@ def _card(config: Any, shards: Shards, draft: artifact.Draft) -> str:
     stage = "finetune" if isinstance(config, FinetuneRecipe) else "pretrain"
     return card.render(card.Facts(output.resolve().name, stage, recipe.dump(config), recipe.to_dict(config),
                                   shards.manifest, steps, draft.counts["weights"],
-                                  card.last_figures(output / "log.jsonl", steps), card.base_model(config.model.init)))
+                                  card.last_figures(output / "log.jsonl", steps) | draft.extra.get("probe", {}),
+                                  card.base_model(config.model.init)))

@@ -46,9 +46,7 @@ class Controller:
         return self.start * math.exp(_within(self.integral + _PROPORTIONAL * self._error(), -_RANGE, _RANGE))
 
     def observe(self, terms: float, total: int) -> None:
-        """Take the mean number of active terms of one of ``total`` steps; one that is not finite is left out."""
-        if not math.isfinite(terms):
-            return
+        """Take the mean number of active terms of one of ``total`` steps."""
         self.smoothed = _MEMORY * self.smoothed + (1 - _MEMORY) * terms
         self.seen = _MEMORY * self.seen + (1 - _MEMORY)
         gain = min(_LARGEST_GAIN, _GAIN / total)
