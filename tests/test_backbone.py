@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,10 @@ def test_dropout_rates_pass_through():
         (("distilbert", VOCAB, SPECIAL, {"layers": 2}), ["layers", "n_layers", "dim"]),
         (("bert", VOCAB, SPECIAL, {"hidden_size": 10, "num_attention_heads": 4}), ["bert", "10"]),
         (("bert", VOCAB, SPECIAL, {"hidden_size": "wide"}), ["hidden_size"]),
+        (("bert", VOCAB, SPECIAL, {"hidden_act": "foo"}), ["foo"]),
+        (("bert", VOCAB, SPECIAL, {"num_attention_heads": 0}), ["zero"]),
+        (("bert", VOCAB, SPECIAL, {"num_hidden_layers": 0}), ["num_hidden_layers"]),
+        (("modernbert", VOCAB, SPECIAL, {"hidden_size": -4}), ["modernbert"]),
         (("bert", VOCAB, {"cls": 2}, {}), ["padding"]),
         (("bert", VOCAB, {"pad": VOCAB}, {}), ["pad", str(VOCAB)]),
     ],
@@ -200,6 +206,25 @@ def test_broken_folders_are_one_clear_line(tmp_path, content):
     with pytest.raises(InputError) as error:
         backbone.load_masked_lm(str(tmp_path))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", None])
+def test_damaged_weights_are_one_clear_line(tmp_path, content):
+    backbone.save_weights(tiny("bert"), tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(InputError) as error:
+        backbone.load_masked_lm(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("values", [3, {"num_attention_heads": 0}, {"dtype": "foo"}, {"pad_token_id": 99999}])
+def test_other_values_in_a_configuration_are_one_clear_line(tmp_path, values):
+    backbone.save_weights(tiny("bert"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values if isinstance(values, int) else {**config, **values}))
+    with pytest.raises(InputError):
+        backbone.load_masked_lm(str(tmp_path))
 
 
 def test_unreachable_hub_names_are_one_clear_line(monkeypatch):

@@ -50,6 +50,13 @@ def test_a_card_of_a_retriever(tiny_shards):
         compile(block, "card", "exec")
 
 
+def test_a_card_names_every_file_of_negatives(tiny_shards):
+    settings = facts(tiny_shards.manifest).settings
+    named = {**settings["negatives"], "sources": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}
+    text = card.render(facts(tiny_shards.manifest, settings={**settings, "negatives": named}))
+    assert "| Negatives | a.jsonl, b.jsonl |" in text
+
+
 def test_a_card_of_a_pretrained_model(tiny_shards):
     text = card.render(facts(tiny_shards.manifest, "pretrain", last={"loss_enc": 7.25, "probe_mrr_10": 0.5}))
     assert "pipeline_tag" not in header(text) and "base_model" not in header(text)

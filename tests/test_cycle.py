@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from lexmae import artifact
-from lexmae.cycle import report
+from lexmae.cycle import report, runner
 from lexmae.cycle.config import (
     BiEncoderConfig,
     CollectionConfig,
@@ -85,7 +85,7 @@ def test_steps_come_in_order(folder):
     assert list(plan(folder, pipeline(ONE, TWO))) == [
         "prepare", "pretrain", "bm25", "bm25-evaluate", "bm25-negatives",
         "one", "one-docs", "one-queries", "one-index", "one-search", "one-evaluate",
-        "one-train-encode", "one-train-search", "one-negatives",
+        "one-train-encode", "one-mine", "one-negatives",
         "two", "two-docs", "two-queries", "two-index", "two-search", "two-evaluate"]
     assert list(plan(folder, pipeline())) == ["prepare", "pretrain", "bm25", "bm25-evaluate"]
     assert "pretrain" not in plan(folder, pipeline(ONE, pretrain=None))
@@ -117,7 +117,7 @@ def test_commands_say_what_the_recipe_says(folder):
     assert option(steps["one-evaluate"], "--qrels") == "work/shards/qrels/test.tsv"
     assert option(steps["one-evaluate"], "--compare") == "work/bm25/run.trec"
     assert option(steps["one-negatives"], "--qrels") == "work/shards/qrels/learn.tsv"
-    assert int(option(steps["one-learn-search"], "--hits")) > 20  # judged positives are taken out of it
+    assert int(option(steps["one-mine"], "--hits")) > 20  # judged positives are taken out of it
     assert option(steps["bm25-negatives"], "--depth") == "512"
     assert {name for name, step in steps.items() if step.trains} == {
         "pretrain", "one", "two", "one-docs", "one-queries", "two-docs", "two-queries", "one-learn-encode"}
@@ -126,8 +126,8 @@ def test_commands_say_what_the_recipe_says(folder):
 def test_split_documents_are_searched_by_their_passages(folder):
     steps = plan(folder, pipeline(ONE, TWO, prepare=PrepareConfig(tokenizer="tok", split_documents=True, stride=60)))
     assert "--split-documents" in steps["prepare"].command and option(steps["prepare"], "--stride") == "60"
-    assert "--max-passage" in steps["one-search"].command and "--max-passage" not in steps["one-train-search"].command
-    assert int(option(steps["one-train-search"], "--hits")) >= 20 + 500
+    assert "--max-passage" in steps["one-search"].command and "--max-passage" not in steps["one-mine"].command
+    assert int(option(steps["one-mine"], "--hits")) >= 20 + 500
     assert "--passages" in steps["one-negatives"].command and "--passages" not in steps["bm25-negatives"].command
     plain = plan(folder, pipeline(ONE, TWO))
     flags = {"--split-documents", "--stride", "--max-passage", "--passages"}
@@ -197,12 +197,12 @@ def test_two_stages_mined_from_one_share_the_longer_list(folder):
     three = StageConfig("three", "stage.yaml", negatives="one", mine_depth=60)
     steps = plan(folder, pipeline(ONE, TWO, three))
     assert settings(steps["two"])["negatives.path"] == settings(steps["three"])["negatives.path"]
-    assert option(steps["one-negatives"], "--depth") == "60" and int(option(steps["one-train-search"], "--hits")) > 60
+    assert option(steps["one-negatives"], "--depth") == "60" and int(option(steps["one-mine"], "--hits")) > 60
 
 
 def test_training_and_measuring_on_one_split(folder):
     steps = plan(folder, pipeline(ONE, TWO, evaluation=EvaluationConfig(split="all", train_split="all")))
-    assert "one-all-encode" not in steps and option(steps["one-all-search"], "--queries") == "work/one/vectors-all"
+    assert "one-all-encode" not in steps and option(steps["one-mine"], "--queries") == "work/one/vectors-all"
 
 
 def test_further_splits_and_collections_are_measured(folder):
@@ -250,9 +250,9 @@ def test_a_reranker_is_trained_reranks_and_teaches(reranking):
     steps = plan(reranking, pipeline(ONE, TWO, THREE, reranker=config))
     names = list(steps)
     assert names[names.index("one-evaluate") + 1:names.index("two")] == [
-        "one-train-encode", "one-train-search", "one-negatives", "reranker", "rerank", "rerank-evaluate"]
+        "one-train-encode", "one-mine", "one-negatives", "reranker", "rerank", "rerank-evaluate"]
     assert names[names.index("two-evaluate") + 1:names.index("three")] == [
-        "two-train-encode", "two-train-search", "two-negatives", "two-scores"]
+        "two-train-encode", "two-mine", "two-negatives", "two-scores"]
     training = steps["reranker"]
     assert training.command[0] == "launch/rerank.py" and training.trains and training.resumes
     assert settings(training) == {"data": "work/shards", "output": "work/reranker", "split": "train",
@@ -277,10 +277,10 @@ def test_a_reranker_scores_every_source(reranking):
     write(folder / "several.yaml", negatives={"sources": [{"path": "-"}] * 3}, loss={"distillation": "kl"})
     taught = StageConfig("taught", "several.yaml", negatives=("bm25", "one", "n.jsonl"), teacher="reranker")
     steps = plan(folder, pipeline(ONE, taught, reranker=RerankerConfig(negatives="bm25")))
-    assert [option(steps[f"{name}-scores"], "--negatives") for name in ("bm25", "one", "taught-2")] == [
+    assert [option(steps[f"{name}-scores"], "--negatives") for name in ("bm25", "one", "taught-file2")] == [
         "work/bm25/negatives.jsonl", "work/one/negatives.jsonl", "n.jsonl"]
     assert [settings(steps["taught"])[f"negatives.sources.{i}.path"] for i in range(3)] == [
-        f"work/reranker/{name}.jsonl" for name in ("bm25", "one", "taught-2")]
+        f"work/reranker/{name}.jsonl" for name in ("bm25", "one", "files/taught-file2")]
 
 
 def test_a_reranker_on_negatives_of_bm25(reranking):
@@ -292,8 +292,8 @@ def test_a_reranker_on_negatives_of_bm25(reranking):
     assert list(steps)[2:8] == ["bm25", "bm25-evaluate", "bm25-negatives", "reranker", "rerank", "rerank-evaluate"]
     assert option(steps["bm25-negatives"], "--depth") == "600"
     assert "model.init" not in settings(steps["reranker"])
-    assert settings(steps["own"])["negatives.path"] == "work/reranker/own.jsonl"
-    assert option(steps["own-scores"], "--negatives") == "n.jsonl"
+    assert settings(steps["own"])["negatives.path"] == "work/reranker/files/own-file.jsonl"
+    assert option(steps["own-file-scores"], "--negatives") == "n.jsonl"
     for name in ("first", "second"):
         assert settings(steps[name])["negatives.path"] == "work/reranker/bm25.jsonl"
     assert list(steps).count("bm25-scores") == 1
@@ -311,7 +311,7 @@ def test_a_bi_encoder_is_measured_mined_from_and_teaches(folder):
     names = list(steps)
     assert names[names.index("bm25-evaluate") + 1:names.index("hard")] == [
         *(f"bi_encoder-{what}" for what in ("docs", "queries", "index", "search", "evaluate")),
-        "bi_encoder-train-encode", "bi_encoder-train-search", "bi_encoder-negatives"]
+        "bi_encoder-train-encode", "bi_encoder-mine", "bi_encoder-negatives"]
     for name in ("docs", "queries", "train-encode"):
         step = steps[f"bi_encoder-{name}"]
         assert option(step, "--model") == "some/encoder" and option(step, "--representation") == "cls" and step.trains
@@ -769,3 +769,75 @@ def test_ctrl_c_lets_a_command_save(tmp_path):
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) != 0 and (tmp_path / "saved").exists()
+
+
+# ------------------------------------------------------------------------------------- what decides that a step is done
+
+
+def test_scores_of_a_file_and_of_a_stages_list_lie_apart(reranking):
+    (reranking / "n.jsonl").write_text("x")
+    write(reranking / "kl.yaml", loss={"distillation": "kl"})
+    two = StageConfig("two", "kl.yaml", negatives="n.jsonl", teacher="reranker")
+    three = StageConfig("three", "kl.yaml", negatives="two", teacher="reranker")
+    steps = plan(reranking, pipeline(two, three, reranker=RerankerConfig(negatives="bm25")))
+    for name, source in (("two", "n.jsonl"), ("three", "work/two/negatives.jsonl")):
+        read = settings(steps[name])["negatives.path"]
+        scores = next(step for step in steps.values() if str(step.output) == read)
+        assert option(scores, "--negatives") == source
+
+
+@pytest.mark.parametrize("config", [
+    {"stages": (StageConfig("prepare", "stage.yaml"),)},
+    {"stages": (ONE,), "evaluation": EvaluationConfig(zero_shot=(CollectionConfig("negatives", "other"),))},
+])
+def test_steps_that_get_in_each_others_way_are_refused(folder, config):
+    (folder / "other").mkdir()
+    with pytest.raises(InputError, match="get in each other's way"):
+        Plan(pipeline(**config), folder)
+
+
+def test_the_training_queries_may_be_measured_too(folder):
+    two = StageConfig("two", "stage.yaml", negatives="one")
+    steps = Plan(pipeline(ONE, two, evaluation=EvaluationConfig(more_splits=("train",))), folder).steps
+    assert len({step.name for step in steps}) == len(steps) == len({step.output for step in steps})
+
+
+@pytest.mark.parametrize("keys, reason", [({"loss": {"distillation": "kl"}}, "distillation needs a teacher's scores"),
+                                          ({"negatives": {"filter_margin": 1.0}}, "filters need a teacher's scores")])
+def test_scores_that_nothing_makes_are_missed_before_the_first_step(folder, keys, reason):
+    write(folder / "needs.yaml", **keys)
+    with pytest.raises(InputError, match=reason):
+        Plan(pipeline(ONE, StageConfig("two", "needs.yaml", negatives="one")), folder)
+    (folder / "n.jsonl").write_text("x")
+    plan(folder, pipeline(ONE, StageConfig("two", "needs.yaml", negatives="n.jsonl")))
+
+
+def test_models_that_lie_in_folders_are_inputs(folder):
+    for name in ("bb", "teacher", "own"):
+        (folder / name).mkdir()
+    write(folder / "teach.yaml", loss={"distillation": "kl", "teacher": "teacher"})
+    write(folder / "own.yaml", model={"init": "own"})
+    stages = StageConfig("one", "teach.yaml", init="backbone"), StageConfig("two", "own.yaml", init="backbone")
+    steps = plan(folder, pipeline(stages[0], backbone="bb", prepare=PrepareConfig(), bi_encoder=BiEncoderConfig()))
+    for name in ("prepare", "pretrain", "bi_encoder-docs", "one"):
+        assert Path("bb") in steps[name].inputs
+    assert Path("teacher") in steps["one"].inputs
+    assert Path("own") in plan(folder, pipeline(stages[1], pretrain=None))["two"].inputs
+
+
+def test_where_a_recipe_lies_and_how_the_machine_computes_do_not_count(folder):
+    text = ROOT / "ds_configs" / "fp32_zero3.json"
+    config = pipeline(ONE, evaluation=EvaluationConfig(batch_tokens=64))
+    here, there = plan(folder, pipeline(ONE)), Plan(config, folder.resolve(), str(text)).steps
+    for step in there:
+        assert step.counted == here[step.name].counted
+    assert any(step.counted != step.command for step in there)
+
+
+def test_an_edited_collection_counts_as_another(folder, tmp_path):
+    from lexmae.data.corpus import Passage, write_beir
+    made = tmp_path / "made"
+    write_beir(made, [Passage("a", "", "text")], [], {})
+    before = runner._content(made)
+    (made / "corpus.jsonl").write_text('{"_id": "a", "title": "", "text": "another text"}\n')
+    assert runner._content(made) != before

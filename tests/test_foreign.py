@@ -296,6 +296,8 @@ def splade(plain, tmp_path) -> Path:
     ("sentence_bert_config.json", {"query_expansion": {"length": 32}}, "queries", "expands its queries"),
     ("config_sentence_transformers.json", {"prompts": {"query": "query: "}}, "queries", "the prompt 'query: ' before"),
     ("config_sentence_transformers.json", {"prompts": {"a": "x"}, "default_prompt_name": "a"}, "docs", "prompt 'x'"),
+    ("config_sentence_transformers.json", {"prompts": ["x"]}, "docs", "prompts: an object is needed"),
+    ("config_sentence_transformers.json", {"max_active_dims": "x"}, "docs", "max_active_dims: a number of entries"),
     ("1_SpladePooling/config.json", {"pooling_strategy": "mean"}, "docs", "unknown pooling 'mean'; known are max, sum"),
     ("1_SpladePooling/config.json", {"activation_function": "gelu"}, "docs", "unknown pooling 'gelu'"),
 ])
@@ -318,6 +320,12 @@ def test_unknown_modules_and_broken_files_are_refused(splade, plain):
     (splade / "modules.json").write_text(json.dumps([{"idx": 0}]))
     with pytest.raises(InputError, match="not a list of sentence-transformers' modules"):
         SparseEncoder.load(splade)
+    (splade / "modules.json").write_text(json.dumps(modules))
+    kept = (splade / "config_sentence_transformers.json").read_text(encoding="utf-8")
+    (splade / "config_sentence_transformers.json").write_text("[1]")
+    with pytest.raises(InputError, match="config_sentence_transformers.json: a JSON object is needed"):
+        SparseEncoder.load(splade)
+    (splade / "config_sentence_transformers.json").write_text(kept)
     (splade / "modules.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
         SparseEncoder.load(splade)

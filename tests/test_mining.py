@@ -107,7 +107,9 @@ def test_command_mines_a_run(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "reason"), [
     ("--bm25 x --output n", "needs --split"), ("--run r --output n", "needs --qrels"), ("--run r", "nothing to write"),
-    ("--run r --run-output n", "go with --bm25"), ("--run r --qrels q --output n --depth 0", "at least 1")])
+    ("--run r --run-output n", "go with --bm25"),
+    ("--bm25 x --split s --run-output n --passages", "goes with --run"),
+    ("--run r --qrels q --output n --depth 0", "at least 1")])
 def test_command_refuses(arguments, reason):
     with pytest.raises(InputError, match=reason):
         command("mine")(arguments.split())
@@ -120,6 +122,16 @@ def test_command_refuses_foreign_judgements(tmp_path):
         command("mine")(["--run", str(tmp_path / "r"), "--qrels", str(tmp_path / "q.tsv"), "--output",
                          str(tmp_path / "n")])
     assert not (tmp_path / "n").exists()
+
+
+def test_a_run_of_passages_is_not_mined_as_one_of_documents(tmp_path):
+    write_run(tmp_path / "r", {"q": [("D4#1", 3), ("D8#0", 2), ("D4#2", 1)]})
+    write_qrels(tmp_path / "q.tsv", {"q": {"D4": 1}})
+    arguments = ["--run", str(tmp_path / "r"), "--qrels", str(tmp_path / "q.tsv"), "--output", str(tmp_path / "n")]
+    with pytest.raises(InputError, match="r: ranks passages of the judged documents: --passages is needed"):
+        command("mine")(arguments)
+    command("mine")([*arguments, "--passages"])
+    assert [row.negatives for row in read_negatives(tmp_path / "n")] == [["D8#0"]]
 
 
 def test_mining_needs_no_torch():

@@ -13,7 +13,7 @@ from lexmae.data.negatives import read_negatives
 from lexmae.retrieval.runs import read_run
 
 STEPS = ["prepare", "pretrain", "bm25", "bm25-evaluate", "bm25-negatives", "stage1", "stage1-docs", "stage1-queries",
-         "stage1-index", "stage1-search", "stage1-evaluate", "stage1-train-encode", "stage1-train-search",
+         "stage1-index", "stage1-search", "stage1-evaluate", "stage1-train-encode", "stage1-mine",
          "stage1-negatives", "stage2", "stage2-docs", "stage2-queries", "stage2-index", "stage2-search",
          "stage2-evaluate"]
 

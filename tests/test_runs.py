@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lexmae.errors import InputError
-from lexmae.retrieval.runs import Run, read_run, write_run
+from lexmae.retrieval.runs import Run, check_tag, read_run, write_run
 
 
 def test_order_is_score_then_docid():
@@ -79,3 +79,14 @@ def test_cut_and_without_self():
     assert dict(run.cut(2)) == {"a": [("a", 3), ("b", 2)], "x": [("a", 3), ("b", 2)]}
     assert dict(run.without_self()) == {"a": [("b", 2), ("c", 1)], "x": [("a", 3), ("b", 2), ("c", 1)]}
     assert len(run["a"]) == 3
+
+
+@pytest.mark.parametrize("tag", ["", "my run", "a\tb"])
+def test_a_tag_that_a_run_cannot_hold_is_refused(tag):
+    with pytest.raises(InputError, match="cannot stand in a TREC run"):
+        check_tag(tag)
+
+
+def test_ids_that_can_be_read_can_be_written(tmp_path):
+    write_run(tmp_path / "run", {"q\u00a01": [("d\u2028", 1.0)]})
+    assert read_run(tmp_path / "run").documents("q\u00a01") == ["d\u2028"]

@@ -301,6 +301,16 @@ def test_killed_at_random_moments(model, shards_dir, lists, tmp_path):
 # ------------------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.parametrize("kind", ["negatives", "run"])
+def test_a_score_that_is_not_finite_is_refused(model, shards_dir, lists, ranked, tmp_path, monkeypatch, kind):
+    plain = CrossEncoder.forward
+    monkeypatch.setattr(CrossEncoder, "forward", lambda self, **batch: plain(self, **batch) * torch.nan)
+    source = {"negatives": lists} if kind == "negatives" else {"run": ranked}
+    with pytest.raises(InputError, match=r"query '\w+': the score of document '\w+' is not finite; .*--precision fp32"):
+        score.score(model, shards_dir, tmp_path / "s", TRAIN if kind == "negatives" else ScoreConfig("dev"), **source)
+    assert not (tmp_path / "s").exists()
+
+
 def test_refusals(model, model_dir, shards_dir, tiny_shards, lists, ranked, whole, tmp_path):
     def refused(reason: str, config: ScoreConfig = TRAIN, with_model: Path = model, data: Path = shards_dir,
                 output: Path = tmp_path / "s", **source) -> None:

@@ -118,6 +118,23 @@ def test_a_failed_change_leaves_the_old_index(work, monkeypatch, names):
     artifact.verify(work / "i")
 
 
+def test_a_replacement_is_made_as_a_whole_or_not_at_all(work, names):
+    before = files_of(work / "i")
+    other = vectors([names[0]], 3)
+    other.vocabulary = [*VOCABULARY[:-1], "other"]
+    other.save(work / "other")
+    vectors(names[:2], 3).save(work / "two")
+    gone = ids(work, names[:1])
+    for given, reason in (("other", "vocabulary differs"), ("two", f"'{names[1]}' is in .*i already"),
+                          ("typo", "no such vectors")):
+        with pytest.raises(InputError, match=reason):
+            updates.replace(work / "i", gone, work / given)
+        assert files_of(work / "i") == before
+    vectors([names[0], "new"], 3).save(work / "good")
+    updates.replace(work / "i", gone, work / "good")
+    assert len(engines.open_index(work / "i")) == 401
+
+
 def test_without_hard_links_files_are_copied(work, monkeypatch, names):
     monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("not supported")))
     updates.delete(work / "i", ids(work, names[:5]))

@@ -70,9 +70,11 @@ def change(options: argparse.Namespace) -> engines.Index:
         raise InputError("--vectors, --output and --top-k make an index; --index changes one in place")
     if not (options.add or options.delete or options.compact):
         raise InputError("--index needs --add, --delete or --compact")
-    if options.delete:
+    if options.delete and options.add:
+        updates.replace(options.index, options.delete, options.add)
+    elif options.delete:
         updates.delete(options.index, options.delete)
-    if options.add:
+    elif options.add:
         updates.add(options.index, options.add)
     if options.compact:
         updates.compact(options.index)

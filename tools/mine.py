@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
 def _mine(options: argparse.Namespace, run: Run, qrels: dict) -> None:
     if not any(query in run and max(judged.values(), default=0) > 0 for query, judged in qrels.items()):
         raise InputError("has no relevant document for any query of the run: do they belong together?", options.qrels)
+    if not options.passages:
+        mining.refuse_passages(run, qrels, options.run or options.bm25)
     counts = mining.Statistics()
     write_negatives(options.output, mining.mine_run(run, qrels, options.depth, counts, options.passages))
     cli.say(f"{options.output}: {counts.queries:,} queries, {counts.mean_negatives:.1f} negatives each; "
@@ -78,6 +80,8 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--bm25 needs --split, such as train")
     if not options.bm25 and (options.run_output or options.json):
         raise InputError("--run-output and --json go with --bm25")
+    if options.bm25 and options.passages:
+        raise InputError("--passages goes with --run: BM25 ranks whole documents")
     if not (options.output or options.run_output):
         raise InputError("nothing to write: give --output, or --run-output with --bm25")
     if options.output and not options.qrels:

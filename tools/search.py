@@ -14,12 +14,13 @@ import argparse
 from lexmae import artifact, cli, verification
 from lexmae.errors import InputError
 from lexmae.retrieval import engines, fusion, maxp, reports
-from lexmae.retrieval.runs import DEFAULT_TAG, Run, read_run, write_run
+from lexmae.retrieval.runs import DEFAULT_TAG, Run, check_tag, read_run, write_run
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, search or fuse, report."""
     options = _parse(argv)
+    check_tag(options.tag)
     reports.refuse_existing(options.output, overwrite=options.overwrite)
     found, figures, told = _fuse(options) if options.fuse else _search(options)
     if options.exclude_self:

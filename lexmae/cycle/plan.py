@@ -66,8 +66,13 @@ class Plan:
 
     def _add(self, *args: Any, **kwargs: Any) -> Path:
         step = Step(*args, **kwargs)
-        if step.output not in {known.output for known in self.steps}:  # two stages may need the same
-            self.steps.append(step)
+        for known in self.steps:
+            if step.name == known.name or step.output == known.output:
+                if (step.output, step.command) != (known.output, known.command):
+                    raise InputError(f"the steps {known.name} ({known.output}) and {step.name} ({step.output}) get in "
+                                     "each other's way: give stages, splits and collections other names")
+                return step.output  # two stages need the same
+        self.steps.append(step)
         return step.output
 
     def _add_corpus(self) -> Path:
@@ -98,6 +103,7 @@ class Plan:
         if tokenizer is None and shards != self.shards:
             tokenizer, inputs = str(self.shards / "tokenizer"), [text, self.shards]
         tokenizer = tokenizer or settings.tokenizer or (None if settings.train_tokenizer else self.config.backbone)
+        inputs += self._content_of(tokenizer) if self.shards not in inputs else []
         command += ["--tokenizer", tokenizer] if tokenizer else ["--train-tokenizer", str(settings.train_tokenizer)]
         return self._add(name, command, shards, inputs)
 
@@ -131,12 +137,19 @@ class Plan:
         output = self.work / name
         settings = [*self._places(name), *(f"{key}={value}" for key, value in overrides.items())]
         config = recipe.load(file, kind, settings)
-        command = [script, str(file), "--set", *settings, "--resume", "auto"]
-        if self.deepspeed_config:
-            command += ["--deepspeed_config", self.deepspeed_config]
+        hardware_only = ["--deepspeed_config", self.deepspeed_config] if self.deepspeed_config else []
+        command = [script, str(file), "--set", *settings, "--resume", "auto", *hardware_only]
         self._check_hardware(config)
+        models = [config.model.init, config.loss.teacher if isinstance(config, FinetuneRecipe) else None]
+        begun = [path for name in models for path in self._content_of(name)]
         learning = {k: v for k, v in recipe.to_dict(config).items() if k not in ("logging", "deepspeed", "probe")}
-        return self._add(name, command, output / "model", [self.shards, *inputs], learning, trains=True, resumes=True)
+        return self._add(name, command, output / "model", [self.shards, *inputs, *begun], learning,
+                         trains=True, resumes=True, machine=([str(file)], hardware_only))
+
+    def _content_of(self, name: str | None) -> list[Path]:
+        """The folder of a model or tokenizer, whose content counts; nothing for a hub name."""
+        path = Path(name or "")
+        return [path] if name and (path.exists() or path in {step.output for step in self.steps}) else []
 
     def _places(self, name: str) -> list[str]:
         """What every training recipe is told of folders, whether it names any or not."""
@@ -191,7 +204,7 @@ class Plan:
         depth = max(other.mine_depth for other in self._mined if source in other.sources)
         vectors = self._add_encode(f"{name}-encode", source, "queries", self._training)
         passages = self.config.prepare.split_documents  # the hard ones are passages, not documents
-        run = self._add_search(f"{name}-search", vectors, folder / "index", folder / f"{split}.trec",
+        run = self._add_search(f"{source}-mine", vectors, folder / "index", folder / f"{split}.trec",
                                depth + (_SPARE_PASSAGES if passages else _SPARE_HITS))
         output = folder / "negatives.jsonl"
         return self._add(f"{source}-negatives", [
@@ -222,7 +235,7 @@ class Plan:
         if init:
             overrides["model.init"] = init
         return self._add_training(name, script, self.folder / user.recipe, kind, overrides,
-                                  [*negatives, *([Path(init)] if init and init != self.config.backbone else [])])
+                                  negatives)
 
     def _check_sources(self, name: str, kind: type, user: StageConfig | RerankerConfig) -> None:
         """Refuse a recipe whose sources, with their shares and ranks, are not as many as those that the stage names,
@@ -232,6 +245,12 @@ class Plan:
         if config.passages == "best" and self.config.prepare.split_documents and set(user.sources) == {"bm25"}:
             raise InputError(f"passages: 'best' needs negatives of an earlier stage, and {name} has those of BM25, "
                              "which ranks whole documents", file)
+        taught = isinstance(user, StageConfig) and user.teacher is not None
+        filtered = config.negatives.filter_margin is not None or config.negatives.filter_ratio is not None
+        distils = isinstance(config, FinetuneRecipe) and config.loss.distillation != "none" and not config.loss.teacher
+        if (filtered or distils) and not taught and all(name in ("bm25", *self._rankings) for name in user.sources):
+            raise InputError(f"{'negatives: filters need' if filtered else 'loss: a distillation needs'} a teacher's "
+                             f"scores, and {name} has no teacher", file)
         found = len(config.negatives.sources)
         if not isinstance(user.negatives, str) and found != len(user.sources):
             raise InputError(f"negatives.sources: {len(user.sources)} are needed, one for each of "
@@ -255,7 +274,8 @@ class Plan:
         return self._add(name, ["tools/score.py", "--model", str(model), "--data", str(target.shards), "--split",
                                 target.split, *source, "--depth", str(depth), "--output", str(output),
                                 *self._batch_tokens, *more],
-                         output, [model, target.shards, Path(source[1])], trains=True, resumes=True)
+                         output, [model, target.shards, Path(source[1])], trains=True, resumes=True,
+                         machine=(self._batch_tokens,))
 
     def _taught(self, stage: StageConfig, position: int) -> Path:
         """One source of a stage's negatives, with the scores of its teacher where it has one."""
@@ -263,19 +283,20 @@ class Plan:
         negatives = self._negatives(source, stage.name)
         if stage.teacher is None:
             return negatives
-        if source not in ("bm25", *self._rankings):  # a file
-            source = f"{stage.name}-{position}" if position else stage.name
+        folder = self.work / stage.teacher
+        if source not in ("bm25", *self._rankings):  # a file, whose scores no stage's name may claim
+            source, folder = f"{stage.name}-file{position or ''}", folder / "files"
         if stage.teacher == BI_ENCODER:
-            return self._add_products(source, negatives)
-        folder = self.work / RERANKER
-        return self._add_scoring(f"{source}-scores", folder / "model", self._training, ["--negatives", str(negatives)],
-                                 folder / f"{source}.jsonl", self.config.reranker.score_depth, [])
+            return self._add_products(source, negatives, folder / f"{source}-scored.jsonl")
+        return self._add_scoring(f"{source}-scores", self.work / RERANKER / "model", self._training,
+                                 ["--negatives", str(negatives)], folder / f"{source}.jsonl",
+                                 self.config.reranker.score_depth, [])
 
-    def _add_products(self, source: str, negatives: Path) -> Path:
+    def _add_products(self, source: str, negatives: Path, output: Path) -> Path:
         """A file of negatives with the scores of the bi-encoder."""
         teacher, folder, split = self.config.bi_encoder, self.work / BI_ENCODER, self._training.split
         queries = self._add_encode(f"{BI_ENCODER}-{split}-encode", BI_ENCODER, "queries", self._training)
-        docs, output = folder / "vectors-docs", folder / f"{source}-scored.jsonl"
+        docs = folder / "vectors-docs"
         return self._add(f"{source}-products", [
             "tools/score.py", "--vectors", str(docs), str(queries), "--scale", str(teacher.scale), "--data",
             str(self.shards), "--split", split, "--negatives", str(negatives), "--depth", str(teacher.score_depth),
@@ -311,7 +332,7 @@ class Plan:
         evaluation, shards = self.config.evaluation, self._read_by(model, target)
         top_k = evaluation.top_k_docs if side == "docs" else evaluation.top_k_queries
         if model == BI_ENCODER:
-            path, made = self._bi_encoder, []
+            path, made = self._bi_encoder, self._content_of(self._bi_encoder)
             more = ["--representation", self.config.bi_encoder.representation]
         else:
             path, made = str(self.work / model / "model"), [self.work / model / "model"]
@@ -319,7 +340,8 @@ class Plan:
         more += ["--split", target.split] if side == "queries" else []
         command = ["tools/encode.py", "--model", path, "--data", str(shards), "--side", side,
                    "--output", str(output), *self._batch_tokens, *more]
-        return self._add(name, command, output, [*made, shards], trains=True, resumes=True)
+        return self._add(name, command, output, [*made, shards], trains=True, resumes=True,
+                         machine=(self._batch_tokens,))
 
     def _add_search(self, name: str, queries: Path, index: Path, run: Path, hits: int, documents: bool = False) -> Path:
         return self._add(name, ["tools/search.py", "--index", str(index), "--queries", str(queries), "--hits",

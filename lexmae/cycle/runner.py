@@ -22,6 +22,7 @@ from lexmae.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = "deepspeed"
+_EDITABLE = "corpus"  # the kind of a folder of text, which its owner may edit
 
 
 class Runner:
@@ -46,7 +47,7 @@ class Runner:
         Raises:
             SystemExit: the command failed; its own exit code.
         """
-        key = _digest([step.command, step.settings, [_content(path) for path in step.inputs]])
+        key = _digest([step.counted, step.settings, [_content(path) for path in step.inputs]])
         record = self.records.get(step.name)
         same = record is not None and record["key"] == key
         finished = step.output.exists()
@@ -147,8 +148,8 @@ def _digest(value: Any) -> str:
 
 def _content(path: Path) -> Any:
     """What identifies the content of an input: an artifact's fingerprint, a file's checksum, a folder's listing."""
-    if artifact.exists(path):
-        return artifact.read(path).fingerprint
+    if artifact.exists(path) and (made := artifact.read(path)).kind != _EDITABLE:
+        return made.fingerprint
     if path.is_file():
         return artifact.checksum(path)
     if path.is_dir():

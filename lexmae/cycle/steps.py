@@ -53,6 +53,8 @@ class Step:
         settings: further content that decides so.
         trains: whether it runs on all ranks through the deepspeed launcher.
         resumes: whether unfinished output is kept for it to go on with.
+        machine: stretches of the command that may change without anything being made anew: where a recipe lies, which
+            `settings` hold, and how the machine computes.
     """
 
     name: str
@@ -62,3 +64,13 @@ class Step:
     settings: dict[str, Any] = field(default_factory=dict)
     trains: bool = False
     resumes: bool = False
+    machine: tuple[list[str], ...] = ()
+
+    @property
+    def counted(self) -> list[str]:
+        """The command without those stretches."""
+        left = list(self.command)
+        for part in filter(None, self.machine):
+            start = next(i for i in range(len(left)) if left[i:i + len(part)] == part)
+            del left[start:start + len(part)]
+        return left

@@ -23,7 +23,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
 _LONGEST = 1 << 26  # bytes of a line
 _BLANKS = re.compile(r"[ \t]+")
-_ID_FORBIDDEN = re.compile(r"[ \t\n\r\v\f]")
+ID_FORBIDDEN = re.compile(r"[ \t\n\r\v\f]")
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def check_id(value: object, what: str, path: str | Path, line: int | None) -> st
         raise InputError(f"{what} must be a string, found {_kind(value)}", path=path, line=line)
     if not value:
         raise InputError(f"{what} is empty", path=path, line=line)
-    if _ID_FORBIDDEN.search(value):
+    if ID_FORBIDDEN.search(value):
         raise InputError(f"{what} {value!r} contains white space", path=path, line=line)
     return value
 

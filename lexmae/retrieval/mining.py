@@ -76,6 +76,19 @@ def mine_run(run: Run, qrels: Qrels, depth: int = DEPTH,
         yield Row(query, negatives, passages=_best_passages(ranked, keep) if passages else None)
 
 
+def refuse_passages(run: Run, qrels: Qrels, path: str | Path) -> None:
+    """InputError for a run that ranks passages of the judged documents: those of a positive are no negatives."""
+    found = False
+    for query, judged in qrels.items():
+        relevant = {name for name, relevance in judged.items() if relevance > 0}
+        ranked = run.documents(query) if relevant and query in run else []
+        if not relevant.isdisjoint(ranked):
+            return
+        found = found or any(document_of(name) in relevant for name in ranked)
+    if found:
+        raise InputError("ranks passages of the judged documents: --passages is needed", path)
+
+
 def _best_passages(ranked: list[str], negative: list[bool]) -> list[str] | None:
     """The best ranked passage of each relevant document, in the order of the ranking; None without one."""
     found: dict[str, str] = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lexmae import artifact
-from lexmae.data.lines import bounded, open_bytes
+from lexmae.data.lines import ID_FORBIDDEN, bounded, open_bytes
 from lexmae.errors import InputError
 
 DEFAULT_TAG = "lexmae"
@@ -215,6 +215,12 @@ def write_run(path: str | Path, run: Mapping[str, Iterable[tuple[str, float]]], 
                            for rank, (document, score) in enumerate(pairs, 1))
 
 
+def check_tag(tag: str) -> None:
+    """InputError for the name of a run that its last column cannot hold."""
+    if tag.split() != [tag]:
+        raise InputError(f"the tag {tag!r} is empty or contains white space and cannot stand in a TREC run")
+
+
 def _check_id(name: str) -> None:
-    if not name or name.split() != [name]:
+    if not name or ID_FORBIDDEN.search(name):
         raise InputError(f"the id {name!r} is empty or contains white space and cannot stand in a TREC run")

@@ -165,6 +165,13 @@ def units_of(shards: Shards, names: Sequence[str]) -> np.ndarray:
     return units
 
 
+def _units(shards: Shards, names: Sequence[str], query: str, source: Path) -> np.ndarray:
+    try:
+        return units_of(shards, names)
+    except InputError as error:
+        raise InputError(f"query {query!r}: {error.reason} of {shards.path}", source) from None
+
+
 def names_of(shards: Shards, units: np.ndarray) -> list[str]:
     """The ids of what ``units_of`` numbered."""
     names = np.empty(len(units), object)
@@ -201,7 +208,7 @@ class Negatives:
                 unknown += 1
                 continue
             judged = sorted(name for name, relevance in qrels.get(row.qid, {}).items() if relevance > 0)
-            units = units_of(shards, [*row.negatives[:config.depth], *judged])
+            units = _units(shards, [*row.negatives[:config.depth], *judged], row.qid, source)
             self.items.append(Item(row_of[row.qid], units.astype(np.int32)))
             self._positives.append(len(judged))
             self._passages.append(row.passages)
@@ -231,7 +238,8 @@ class Reranking:
         self.ranked = read_run(source)
         self._queries = list(self.ranked)
         rows = shards.queries(config.split).rows(self._queries)
-        self.items = [Item(int(row), units_of(shards, self.ranked.documents(query)[:config.depth]).astype(np.int32))
+        self.items = [Item(int(row), _units(shards, self.ranked.documents(query)[:config.depth], query,
+                                            source).astype(np.int32))
                       for query, row in zip(progress(self._queries, desc="run", unit="queries"), rows, strict=True)]
 
     def write(self, path: Path, numbers: range, scores: Sequence[np.ndarray]) -> None:
@@ -310,8 +318,22 @@ class _Scoring:
         if batches:
             best[np.concatenate(batches)] = np.concatenate(kept)
             best = np.maximum.reduceat(best, np.cumsum(pairs.sizes) - pairs.sizes)
+        self._refuse_bad(block, best, pairs.ends)
         self.work.write(part_path(self.partial, block), self._numbers(block),
                         np.split(np.round(best, DIGITS), pairs.ends[:-1]))
+
+
+    def _refuse_bad(self, block: int, scores: np.ndarray, ends: np.ndarray) -> None:
+        """InputError where a score is not finite: fine-tuning would refuse it, and a run has no place for it."""
+        bad = np.flatnonzero(~np.isfinite(scores))
+        if not len(bad):
+            return
+        at = int(np.searchsorted(ends, bad[0], side="right"))
+        item = self.work.items[self._numbers(block)[at]]
+        unit = item.units[bad[0] - (ends[at - 1] if at else 0)]
+        name = names_of(self.shards, unit[None])[0]
+        raise InputError(f"query {self.queries.id(item.query)!r}: the score of document {name!r} is not finite; if the "
+                         "model is sound, --precision fp32 helps")
 
 
 def part_path(partial: Path, block: int) -> Path:

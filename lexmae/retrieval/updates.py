@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +37,33 @@ def add(index: str | Path, vectors: str | Path, threads: int | None = None) -> a
         return _add(Path(index), vectors, threads)
 
 
-def _add(index: Path, vectors: str | Path, threads: int | None) -> artifact.Manifest:
+def replace(index: str | Path, ids: str | Path, vectors: str | Path, threads: int | None = None) -> artifact.Manifest:
+    """Delete the documents of ``ids``, then add those of ``vectors``; nothing changes where either is refused.
+
+    Raises:
+        InputError: as ``delete`` and ``add``.
+    """
+    with locks.writing(index):
+        _addition(Path(index), vectors, [name for _, name in read_lines(ids)])
+        _delete(Path(index), ids)
+        return _add(Path(index), vectors, threads)
+
+
+def _addition(index: Path, vectors: str | Path,
+              gone: Sequence[str] = ()) -> tuple[artifact.Manifest, StoredVectors]:
+    """The index and vectors that may be added to it, when the documents ``gone`` have left it."""
     manifest, new = _read(index), StoredVectors.open(vectors, side="docs")
     _check_same_encoder(manifest, new, vectors)
-    old = segments.open_segments(index)
-    known = pc.is_in(new.id_array, value_set=segments.number_documents(old)[0])
+    known = pc.is_in(new.id_array, value_set=segments.number_documents(segments.open_segments(index))[0])
+    known = pc.and_not(known, pc.is_in(new.id_array, value_set=pa.array(gone, pa.large_string())))
     if pc.any(known).as_py():
         name = new.id_array[pc.index(known, True).as_py()]
         raise InputError(f"the document '{name}' is in {index} already; delete it first to replace it", vectors)
+    return manifest, new
+
+
+def _add(index: Path, vectors: str | Path, threads: int | None) -> artifact.Manifest:
+    manifest, new = _addition(index, vectors)
     if manifest.config.get("top_k") is not None:
         new = new.pruned(manifest.fact("top_k", int, "config"))
     with _revision(manifest, lambda name: True, inputs={"vectors": vectors},
