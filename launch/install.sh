@@ -2,8 +2,8 @@
 # usage: install_lexmae EXTRAS   (for example "" or "[dev,anserini]"); a second call installs nothing.
 install_lexmae() {
     local extras="$1" stamp wanted python="${PYTHON:-python3}"
-    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "error: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2
+    if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
+        echo "error: Python 3.11, 3.12 or 3.13 is needed; name one with PYTHON=/path/to/python3" >&2
         return 2
     fi
     if [ ! -x .venv/bin/python ]; then

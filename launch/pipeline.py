@@ -7,11 +7,36 @@ RECIPE is a pipeline's YAML file or the folder that holds its pipeline.yaml. Eve
 launch/, printed before it runs. A finished step is skipped as long as its command, settings and inputs are the same.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
-from lexmae import cli, locks, recipe, verification
+from lexmae import cli, cluster, locks, recipe, verification
 from lexmae.cycle.config import PipelineRecipe
 from lexmae.errors import InputError
+
+
+def refuse_missing_splits(config: PipelineRecipe) -> None:
+    """InputError where a folder of text lacks queries that are asked for, before anything is made of it."""
+    from lexmae.data.corpus import Corpus
+
+    asked = config.evaluation
+    wanted = [(config.input, (asked.split, *asked.more_splits, *([asked.train_split] if config.stages else []))),
+              *((other.input, (other.split,)) for other in asked.zero_shot)]
+    for source, splits in wanted:
+        known = Corpus.open(source).splits() if Path(source).is_dir() else splits
+        for split in splits:
+            if split not in known:
+                raise InputError(f"has no queries of the split '{split}'; it has {', '.join(known) or 'none'}", source)
+
+
+def count_ranks(options: Namespace, gpus: int) -> int:
+    """Processes that the launcher will start: those of the hostfile where there is one."""
+    if not options.hostfile:
+        return options.ranks or gpus or 1
+    slots = sum(cluster.read_hostfile(options.hostfile).values())
+    if options.ranks not in (None, slots):
+        raise InputError(f"has {slots} slots, and --ranks says {options.ranks}", options.hostfile)
+    return slots
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", metavar="KEY=VALUE", action="extend", nargs="+", default=[], dest="overrides",
                         help="override keys of the pipeline recipe, such as input=FOLDER")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="in place of the training recipes' `deepspeed`")
-    parser.add_argument("--ranks", type=int, help="processes that train and encode (default: one for each GPU, else 1)")
+    parser.add_argument("--ranks", type=int, help="processes that train and encode (default: the slots of the "
+                                                   "hostfile, or one for each GPU, else 1)")
     parser.add_argument("--hostfile", help="DeepSpeed hostfile, to train and encode on several machines")
     parser.add_argument("--redo", action="store_true", help="replace steps made with other settings or inputs")
     verification.add_option(parser)
@@ -33,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     file = Path(options.recipe) / "pipeline.yaml" if Path(options.recipe).is_dir() else Path(options.recipe)
     config = recipe.load(file, PipelineRecipe, options.overrides)
     gpus = runner.visible_gpus()
-    ranks = options.ranks or gpus or 1
+    ranks = count_ranks(options, gpus)
+    refuse_missing_splits(config)
     has_gpu = bool(gpus or options.hostfile or options.list)  # a plan may be printed on any machine
     planned = plan.Plan(config, file.parent, options.deepspeed_config, ranks, has_gpu).steps
     names = [step.name for step in planned]
@@ -42,6 +69,10 @@ def main(argv: list[str] | None = None) -> None:
     if options.list:
         print("\n".join(f"{step.name}: {' '.join(step.command)}" for step in planned))
         return
+    if config.evaluation.engine == "anserini":  # which is needed only after hours of training
+        from lexmae.retrieval import anserini
+
+        anserini.find_java(), anserini.find_jar()
     last = names.index(options.until) if options.until else len(planned) - 1
     with locks.writing(config.work):
         run = runner.Runner(Path(config.work), ranks, options.hostfile, options.redo)

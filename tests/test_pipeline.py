@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import yaml
-from launching import TINY, run
+from launching import ROOT, TINY, run
 
 from lexmae.data.negatives import read_negatives
+from lexmae.errors import InputError
 from lexmae.retrieval.runs import read_run
 
 STEPS = ["prepare", "pretrain", "bm25", "bm25-evaluate", "bm25-negatives", "stage1", "stage1-docs", "stage1-queries",
@@ -141,3 +144,32 @@ def test_a_cycle_with_a_bi_encoder(beir_dir, tmp_path):
     rows = list(read_negatives(work / "bi_encoder" / "bi_encoder-scored.jsonl"))
     assert rows and all(row.positives and -20 <= min(row.scores) <= max(row.scores) <= 20 for row in rows)
     assert all(row.scores == sorted(row.scores, reverse=True) for row in rows), "the order of its own ranking"
+
+
+# ---------------------------------------------------------------------------- what is refused before the first step
+
+
+def pipeline_command():
+    spec = importlib.util.spec_from_file_location("pipeline_command", ROOT / "launch" / "pipeline.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_split_that_is_not_there_is_missed_at_once(tmp_path, beir_dir):
+    write_recipes(tmp_path, beir_dir)
+    for key in ("split", "train_split", "more_splits"):
+        value = "[nosuch]" if key == "more_splits" else "nosuch"
+        with pytest.raises(InputError, match="has no queries of the split 'nosuch'; it has "):
+            pipeline_command().main([str(tmp_path), "--list", "--set", f"evaluation.{key}={value}"])
+
+
+def test_the_slots_of_a_hostfile_are_the_ranks(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=4\nb slots=2\n")
+    count = pipeline_command().count_ranks
+    assert count(Namespace(hostfile=str(tmp_path / "hosts"), ranks=None), 1) == 6
+    assert count(Namespace(hostfile=None, ranks=None), 3) == 3 and count(Namespace(hostfile=None, ranks=None), 0) == 1
+    with pytest.raises(InputError, match="hosts: has 6 slots, and --ranks says 16"):
+        count(Namespace(hostfile=str(tmp_path / "hosts"), ranks=16), 1)
+    with pytest.raises(InputError, match="no such hostfile"):
+        count(Namespace(hostfile=str(tmp_path / "none"), ranks=None), 1)

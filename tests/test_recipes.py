@@ -77,17 +77,23 @@ def test_names_of_configurations_are_true(file):
     assert file.read_text(encoding="utf-8").endswith("}\n")
 
 
-@pytest.mark.parametrize("path", PIPELINES, ids=label)
-def test_every_pipeline_has_a_plan(path, tmp_path, monkeypatch):
-    """Also where the data are not: folders and files that a user brings are stood in for."""
-    monkeypatch.chdir(tmp_path)
-    config = recipe.load(path, p.PipelineRecipe)
-    if config.input != "builtin":
-        Path(config.input).mkdir(parents=True)
+def stand_in(config: p.PipelineRecipe) -> None:
+    """Folders and files that a user brings."""
+    for folder in (config.input, *(other.input for other in config.evaluation.zero_shot)):
+        if folder != "builtin":
+            Path(folder).mkdir(parents=True, exist_ok=True)
     for stage in config.stages:
         if "/" in stage.negatives:
             Path(stage.negatives).parent.mkdir(parents=True, exist_ok=True)
             Path(stage.negatives).touch()
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=label)
+def test_every_pipeline_has_a_plan(path, tmp_path, monkeypatch):
+    """Also where the data are not."""
+    monkeypatch.chdir(tmp_path)
+    config = recipe.load(path, p.PipelineRecipe)
+    stand_in(config)
     for world in WORLDS:
         for file in HARDWARE:
             steps = Plan(config, path.parent, str(file), world).steps
@@ -104,12 +110,7 @@ def test_a_recipe_alone_and_in_its_pipeline_agree(path, tmp_path, monkeypatch):
     """What a pipeline sets is what the recipes say for themselves, so that both ways train the same."""
     monkeypatch.chdir(tmp_path)
     config = recipe.load(path, p.PipelineRecipe)
-    for stage in config.stages:
-        if "/" in stage.negatives:
-            Path(stage.negatives).parent.mkdir(parents=True, exist_ok=True)
-            Path(stage.negatives).touch()
-    if config.input != "builtin":
-        Path(config.input).mkdir(parents=True, exist_ok=True)
+    stand_in(config)
     for step in Plan(config, path.parent).steps:
         if step.command[0].startswith("launch/"):
             file = Path(step.command[1])

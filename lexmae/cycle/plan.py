@@ -7,10 +7,10 @@ from typing import Any
 
 from lexmae import artifact, recipe
 from lexmae.config import FinetuneRecipe, PretrainRecipe, RerankRecipe
+from lexmae.cycle import checks
 from lexmae.cycle.config import BI_ENCODER, RERANKED, RERANKER, PipelineRecipe, RerankerConfig, StageConfig
 from lexmae.cycle.steps import Step, Target
 from lexmae.errors import InputError
-from lexmae.train import hardware
 
 TEACHER_MEASURED = f"{RERANKED}-evaluate"
 """The step after which `report.doubt` knows whether the cross-encoder can teach."""
@@ -87,7 +87,7 @@ class Plan:
     @staticmethod
     def _text(name: str) -> Path:
         """A folder, or what may be the name of a dataset."""
-        if not Path(name).is_dir() and name.count("/") != 1:
+        if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
             raise InputError("no such folder", name)
         return Path(name)
 
@@ -139,7 +139,7 @@ class Plan:
         config = recipe.load(file, kind, settings)
         hardware_only = ["--deepspeed_config", self.deepspeed_config] if self.deepspeed_config else []
         command = [script, str(file), "--set", *settings, "--resume", "auto", *hardware_only]
-        self._check_hardware(config)
+        checks.refuse_machine(config, file, self.deepspeed_config, self.ranks, self.has_gpu)
         models = [config.model.init, config.loss.teacher if isinstance(config, FinetuneRecipe) else None]
         begun = [path for name in models for path in self._content_of(name)]
         learning = {k: v for k, v in recipe.to_dict(config).items() if k not in ("logging", "deepspeed", "probe")}
@@ -154,12 +154,6 @@ class Plan:
     def _places(self, name: str) -> list[str]:
         """What every training recipe is told of folders, whether it names any or not."""
         return [f"data={self.shards}", f"output={self.work / name}"]
-
-    def _check_hardware(self, config: PretrainRecipe | FinetuneRecipe | RerankRecipe) -> None:
-        """Refuse an unknown, contradictory or impossible ds_config before the first step."""
-        path = hardware.find(self.deepspeed_config or config.deepspeed)
-        spread = hardware.compose(path, config.optimization, self.ranks, accumulate=hardware.accumulates(config))
-        hardware.refuse_precision(spread, self.has_gpu, path)
 
     def _add_bm25(self) -> None:
         evaluation, folder = self.config.evaluation, self.work / "bm25"
@@ -225,7 +219,9 @@ class Plan:
     def _add_ranking(self, name: str, script: str, kind: type, user: StageConfig | RerankerConfig,
                      negatives: list[Path]) -> Path:
         """Training on judgements and negatives."""
-        self._check_sources(name, kind, user)
+        file = self.folder / user.recipe
+        checks.refuse_sources(recipe.load(file, kind, self._places(name)), file, name, user,
+                              ("bm25", *self._rankings), self.config.prepare.split_documents)
         if isinstance(user.negatives, str):
             overrides = {"negatives.path": str(negatives[0])}
         else:
@@ -234,27 +230,7 @@ class Plan:
         init = self._init(user.init)
         if init:
             overrides["model.init"] = init
-        return self._add_training(name, script, self.folder / user.recipe, kind, overrides,
-                                  negatives)
-
-    def _check_sources(self, name: str, kind: type, user: StageConfig | RerankerConfig) -> None:
-        """Refuse a recipe whose sources, with their shares and ranks, are not as many as those that the stage names,
-        or that needs a ranking of passages where there is none."""
-        file = self.folder / user.recipe
-        config = recipe.load(file, kind, self._places(name))
-        if config.passages == "best" and self.config.prepare.split_documents and set(user.sources) == {"bm25"}:
-            raise InputError(f"passages: 'best' needs negatives of an earlier stage, and {name} has those of BM25, "
-                             "which ranks whole documents", file)
-        taught = isinstance(user, StageConfig) and user.teacher is not None
-        filtered = config.negatives.filter_margin is not None or config.negatives.filter_ratio is not None
-        distils = isinstance(config, FinetuneRecipe) and config.loss.distillation != "none" and not config.loss.teacher
-        if (filtered or distils) and not taught and all(name in ("bm25", *self._rankings) for name in user.sources):
-            raise InputError(f"{'negatives: filters need' if filtered else 'loss: a distillation needs'} a teacher's "
-                             f"scores, and {name} has no teacher", file)
-        found = len(config.negatives.sources)
-        if not isinstance(user.negatives, str) and found != len(user.sources):
-            raise InputError(f"negatives.sources: {len(user.sources)} are needed, one for each of "
-                             f"{', '.join(user.sources)} of stage {name}, and there are {found}", file)
+        return self._add_training(name, script, file, kind, overrides, negatives)
 
     def _add_reranker(self, source: str) -> None:
         """The cross-encoder, where it is trained behind ``source``, and that step's run reranked by it."""

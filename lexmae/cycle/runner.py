@@ -69,7 +69,8 @@ class Runner:
         start = time.time()
         code = _wait(command)
         if code:
-            cli.say(f"step {step.name} failed with exit code {code}; the same command goes on from here")
+            cli.say(f"step {step.name} failed with exit code {code}; the same command goes on from here, where its "
+                    "inputs are the same")
             raise SystemExit(code if 0 < code < 128 else 1)
         if not step.output.exists():
             raise InputError(f"step {step.name} ended without making it", step.output)

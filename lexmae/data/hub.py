@@ -84,5 +84,5 @@ def _load(name: str, part: str | None, optional: bool = False) -> dict:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"cannot load the dataset{f' ({part})' if part else ''}: {reason}", path=name
+            f"no such folder, and the dataset{f' ({part})' if part else ''} cannot be loaded: {reason}", path=name
         ) from error

@@ -117,6 +117,8 @@ def check_id(value: object, what: str, path: str | Path, line: int | None) -> st
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if value is None:
+        raise InputError(f"{what} is missing", path=path, line=line)
     if not isinstance(value, str):
         raise InputError(f"{what} must be a string, found {_kind(value)}", path=path, line=line)
     if not value:

@@ -105,7 +105,8 @@ class Service:
     def _refuse_other_vectors(self, path: Path) -> None:
         made_of = self.index.manifest.inputs.get("vectors", {}).get("fingerprint", self.vectors.fingerprint)
         if made_of != self.vectors.fingerprint or len(self.index) != len(self.vectors):
-            raise InputError(f"is not what {self.index.manifest.path} was made of", path)
+            raise InputError(f"is not what {self.index.manifest.path} was made of; an index that was changed since has "
+                             "to be built anew", path)
 
     def _refuse_other_tokenizer(self, model: str | Path, tokenizer: Any) -> None:
         made_with = self.vectors.extra.get("tokenizer_hash")
