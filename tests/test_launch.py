@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from launching import TINY, log, run
+from launching import TINY, log, reseal, run
 from safetensors.torch import load_file
 
 from lexmae import artifact
@@ -225,3 +226,26 @@ def test_checkpoint_of_another_recipe_is_refused(alone, tmp_path, shards_dir):
     message = run(["launch/pretrain.py", recipe, "--resume", "auto", "--set", "optimization.lr=0.5"], code=2)
     assert "was made with optimization.lr = 0.001, the recipe now says 0.5" in message
     assert "holds checkpoints" in run(["launch/pretrain.py", recipe], code=2)
+
+
+@pytest.mark.slow
+def test_a_configuration_that_deepspeed_refuses_is_one_line(shards_dir, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "gpu"}}}))
+    recipe = str(write_recipe(tmp_path, "pretrain", shards_dir))
+    said = run(["launch/pretrain.py", recipe, "--deepspeed_config", str(tmp_path / "ds.json")], code=2)
+    assert "error: DeepSpeed refuses the configuration: " in said and "Traceback" not in said
+    assert "device" in said
+
+
+@pytest.mark.slow
+def test_a_run_is_not_continued_on_other_data(alone, tmp_path, shards_dir):
+    for name in ("run", "shards"):
+        shutil.copytree({"run": alone["pretrain"], "shards": shards_dir}[name], tmp_path / name)
+    recipe = str(write_recipe(tmp_path, "pretrain", tmp_path / "shards"))
+    checkpoint = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    reseal(checkpoint, lambda record: record["config"].update(data=str(tmp_path / "shards")))
+    reseal(checkpoint, lambda record: record["extra"].update(inputs={str(tmp_path / "shards"): "another"}))
+    shutil.rmtree(tmp_path / "run" / "model")
+    said = run(["launch/pretrain.py", recipe, "--resume", "auto"], code=2)
+    assert f"was made with other data than {tmp_path / 'shards'} now holds" in said
