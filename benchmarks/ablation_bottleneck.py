@@ -6,9 +6,10 @@
 
 For every seed and source: pre-training (`pretrain.yaml`), then stage 1 (`stage1.yaml`) from its weights, both ending
 with a probe (MRR@10 of a few queries on a few documents, the same ones for every run of a seed): zero-shot and after
-stage 1. The decoder's accuracy on masked tokens, mean of the last tenth of pre-training, says what reached it through
-the bottleneck. What differs between the runs of a seed is `bottleneck.source` alone. Finished runs are kept: the same
-command goes on where it was stopped.
+stage 1. Whether the decoder reads the bottleneck at all is said by its accuracy on masked tokens (mean of the last
+tenth of pre-training) and by `use`: by how much its loss grows when it is given the bottleneck of another text. What
+differs between the runs of a seed is `bottleneck.source` alone. Finished runs are kept: the same command goes on where
+it was stopped.
 """
 
 from __future__ import annotations
@@ -21,10 +22,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lexmae import artifact, cli
+import torch
+
+from lexmae import artifact, cli, recipe
+from lexmae.config import PretrainRecipe
+from lexmae.data.batches import PretrainData
+from lexmae.data.shards import Shards
+from lexmae.model.attention import use_packing
+from lexmae.model.pretrainer import Pretrainer
+from lexmae.train import checkpoint, fragments, parts, statefile
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = ("decoder's accuracy", "zero-shot", "stage 1")
+FIGURES = ("decoder's accuracy", "use", "zero-shot", "stage 1")
+_BATCHES, _TEXTS = 15, 32  # on which the use of the bottleneck is measured
 
 
 def train(script: str, recipe: Path, output: Path, settings: list[str]) -> list[dict[str, float]]:
@@ -42,6 +52,39 @@ def last_probe(lines: list[dict[str, float]]) -> float:
     return [line["probe_mrr_10"] for line in lines if "probe_mrr_10" in line][-1]
 
 
+def use_of_bottleneck(run: Path) -> float:
+    """By how much the decoder's loss grows, in nats a masked token, when it reads the bottleneck of another text."""
+    config = recipe.load(run / "config.yaml", PretrainRecipe)
+    shards = Shards.open(config.data)
+    lm = parts.build_lm(config.model, shards, continued=True)
+    use_packing(lm)
+    model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source,
+                       rescale=config.bottleneck.rescale).eval()
+    folder = run / "checkpoints"
+    with statefile.Reader(folder / f"step-{checkpoint.steps(folder)[-1]}") as reader, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.read(name, fragments.KEYS[0]).view_as(parameter))
+    data = PretrainData(shards, config.masking, micro_batch=_TEXTS, packed=True, seed=config.optimization.seed + 1,
+                        batch=_TEXTS, rank=0, world=1, micro_tokens=0)
+    plain = model._bottleneck
+
+    def others(*arguments):
+        vector = plain(*arguments)
+        return vector if vector is None else vector.roll(1, 0)
+
+    sums = {"own": 0.0, "other": 0.0}
+    count = 0.0
+    with torch.no_grad():
+        for batch in itertools.chain.from_iterable(map(data, range(_BATCHES))):
+            for whose, source in (("own", plain), ("other", others)):
+                model._bottleneck = source
+                out = model(**batch.text.arguments(), enc_labels=batch.enc_labels, dec_labels=batch.dec_labels,
+                            dec_input_ids=batch.dec_input_ids)
+                sums[whose] += out["dec_loss_sum"].item()
+            count += out["dec_count"].item()
+    return (sums["other"] - sums["own"]) / count
+
+
 def measure(asked: argparse.Namespace, source: str, seed: int) -> dict[str, float]:
     """The figures of one source and seed."""
     folder = Path(asked.work) / f"{source}-{seed}"
@@ -54,7 +97,8 @@ def measure(asked: argparse.Namespace, source: str, seed: int) -> dict[str, floa
                    *asked.finetune])
     accuracy = [line["accuracy_dec"] for line in before if "accuracy_dec" in line]
     late = accuracy[-max(1, len(accuracy) // 10):]
-    return dict(zip(FIGURES, (statistics.mean(late), last_probe(before), last_probe(after)), strict=True))
+    figures = statistics.mean(late), use_of_bottleneck(folder / "pretrain"), last_probe(before), last_probe(after)
+    return dict(zip(FIGURES, figures, strict=True))
 
 
 def table(found: dict[str, list[dict[str, float]]], seeds: list[int]) -> str:
