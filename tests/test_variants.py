@@ -19,9 +19,7 @@ from lexmae.data.batches import PretrainBatch, PretrainData, TextBatch
 from lexmae.data.corpus import write_beir
 from lexmae.data.masking import IGNORE
 from lexmae.data.shards import Shards, prepare
-from lexmae.errors import InputError
-from lexmae.model import backbone, lexicon
-from lexmae.model.attention import use_packing
+from lexmae.model import lexicon
 from lexmae.model.encoder import SparseEncoder
 from lexmae.model.pretrainer import Pretrainer
 from lexmae.train.objectives import PretrainObjective
@@ -243,31 +241,3 @@ def test_masks_keep_to_the_text_of_every_tokenizer(shards, strategy, whole_word)
             assert own.sum() <= 6 or not enc[row][own].any()
             several += bool(own.sum() > 1 and enc[row][own].all())
     assert several > 3
-
-
-# ------------------------------------------------------------------------------------------------ a rescaled bottleneck
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("source", ["logits", "saturated", "cls"])
-def test_a_rescaled_bottleneck_keeps_its_direction(source, packed):
-    a = example()
-    found = {}
-    for rescale in (False, True):
-        torch.manual_seed(3)
-        model = build("bert", source, 1, rescale=rescale)
-        if packed:
-            use_packing(model.lm)
-        found[rescale] = model(**arguments(a))
-    plain, scaled = found[False]["bottleneck"], found[True]["bottleneck"]
-    assert torch.cosine_similarity(plain, scaled).min() > 1 - 1e-5
-    norms = backbone.embed(model.lm, a["dec_input_ids"], a["token_type_ids"]).norm(dim=-1)
-    expected = norms[a["attention_mask"].bool()].mean().item()
-    assert scaled.norm(dim=-1).tolist() == pytest.approx([expected] * len(scaled), rel=1e-5)
-    assert source == "cls" or found[True]["dec_loss_sum"] != found[False]["dec_loss_sum"]
-    assert found[True]["enc_loss_sum"] == found[False]["enc_loss_sum"]
-
-
-def test_there_is_nothing_to_rescale_without_a_bottleneck():
-    with pytest.raises(InputError, match="rescale"):
-        BottleneckConfig(source="off", rescale=True)

@@ -103,7 +103,6 @@ class BottleneckConfig:
         encoder_weight: weight of the encoder's masked-LM loss.
         decoder_weight: weight of the decoder's masked-LM loss.
         bow_weight: weight of the bag-of-words loss of DupMAE (``lexicon.bag_of_words_loss``); 0 (the paper) has none.
-        rescale: give the bottleneck vector the mean norm of the decoder's other inputs (not part of the paper).
         active_terms: the lexicon encoder that is measured by probes and written has at most this many active terms per
             document on average: where it would have more, all its output biases are lowered alike, which changes no
             loss. Unset leaves them.
@@ -114,14 +113,12 @@ class BottleneckConfig:
     encoder_weight: float = 1.0
     decoder_weight: float = 1.0
     bow_weight: float = 0.0
-    rescale: bool = False
     active_terms: int | None = None
 
     def __post_init__(self):
         require(self.active_terms is None or self.active_terms >= 1, "active_terms: at least 1 is needed")
         require(self.active_terms is None or self.source != "saturated",
                 "active_terms: a bottleneck of saturated logits learns where relu cuts")
-        require(self.source != "off" or not self.rescale, "rescale: there is no bottleneck to rescale")
         require(self.source in BOTTLENECKS, f"source: one of {', '.join(BOTTLENECKS)} is needed")
         require(self.decoder_layers >= 1, "decoder_layers: at least 1 is needed")
         for name in ("encoder_weight", "decoder_weight", "bow_weight"):

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lexmae.errors import InputError
@@ -36,14 +35,11 @@ class Pretrainer(nn.Module):
         bottleneck: where b comes from: `logits` (the paper), `saturated`, `cls`, or `off`.
         head: implementation of the output matrix's products, see `head.max_logits`.
         bag_of_words: also compute the loss of `lexicon.bag_of_words_loss`, whatever the bottleneck is made of.
-        rescale: give b the mean norm of the decoder's other inputs. A mean of word embeddings is shorter than they are
-            and far shorter than embeddings behind a LayerNorm; the direction is kept, and so are all gradients but that
-            along it. Not part of the paper.
     """
 
     def __init__(
         self, lm: PreTrainedModel, n_decoder_layers: int = 2, bottleneck: str = "logits", head: str = "auto",
-        bag_of_words: bool = False, rescale: bool = False,
+        bag_of_words: bool = False,
     ):  # fmt: skip
         super().__init__()
         if bottleneck not in lexicon.SOURCES:
@@ -52,7 +48,7 @@ class Pretrainer(nn.Module):
         self.decoder = new_decoder(lm, n_decoder_layers)
         self.source = bottleneck
         self.head = head
-        self.bag_of_words, self.rescale = bag_of_words, rescale
+        self.bag_of_words = bag_of_words
 
     def forward(
         self,
@@ -92,7 +88,7 @@ class Pretrainer(nn.Module):
         as_features = packing.pack if packing else lambda labels: labels
         encoder = masked_lm_loss(features, weight, bias, as_features(enc_labels), head=self.head)
 
-        embedded, vector = self._decoder_input(dec_input_ids, attention_mask, token_type_ids, hidden, pooled, packing)
+        embedded, vector = self._decoder_input(dec_input_ids, token_type_ids, hidden, pooled, packing)
         decoded = self.decoder(embedded, attention_mask, packing)
         tied = backbone.word_embeddings(self.lm)
         decoder = masked_lm_loss(decoded, tied, self.decoder.bias, as_features(dec_labels), self.decoder.transform,
@@ -109,16 +105,14 @@ class Pretrainer(nn.Module):
         }
 
     def _decoder_input(
-        self, ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None, hidden: Tensor,
-        pooled: Tensor | None, packing: Packing | None,
+        self, ids: Tensor, token_type_ids: Tensor | None, hidden: Tensor, pooled: Tensor | None,
+        packing: Packing | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Embedded tokens [B, L, H] or [N, H], the bottleneck in the first place of each text, and that [B, H]."""
         embedded = backbone.embed(self.lm, ids, token_type_ids, packing)
         vector = self._bottleneck(hidden, pooled, packing)
         if vector is None:
             return embedded, _first(embedded, packing)
-        if self.rescale:
-            vector = functional.normalize(vector, dim=-1) * _mean_norm(embedded.detach(), attention_mask, packing)
         low = vector.to(embedded.dtype)
         if packing is None:
             return torch.cat([low.unsqueeze(1), embedded[:, 1:]], dim=1), vector
@@ -136,12 +130,6 @@ class Pretrainer(nn.Module):
 def _first(tokens: Tensor, packing: Packing | None) -> Tensor:
     """The first token of each text, [B, H] of [B, L, H] or [N, H]."""
     return tokens[:, 0] if packing is None else tokens[packing.first]
-
-
-def _mean_norm(embedded: Tensor, attention_mask: Tensor, packing: Packing | None) -> Tensor:
-    """Mean norm of the tokens [B, L, H] or [N, H] of a batch, padding not counted; float32 scalar."""
-    norms = embedded.float().norm(dim=-1)
-    return norms.mean() if packing is not None else (norms * attention_mask).sum() / attention_mask.sum()
 
 
 def masked_lm_loss(
