@@ -155,7 +155,7 @@ def test_hostfiles(tmp_path):
     assert read_hostfile(path) == {"worker-1": 8, "10.0.0.2": 4}
     with pytest.raises(InputError, match="no such hostfile"):
         read_hostfile(tmp_path / "absent")
-    assert list(read_hostfile(ROOT / "launch" / "hostfile.example").values()) == [8, 8]
+    assert list(read_hostfile(ROOT / "launch" / "hostfile.example").values()) == [4, 4]
 
 
 def test_a_path_that_is_not_here(tmp_path):
