@@ -37,10 +37,10 @@ FIGURES = ("decoder's accuracy", "use", "zero-shot", "stage 1")
 _BATCHES, _TEXTS = 15, 32  # on which the use of the bottleneck is measured
 
 
-def train(script: str, recipe: Path, output: Path, settings: list[str]) -> list[dict[str, float]]:
+def train(script: str, file: Path, output: Path, settings: list[str]) -> list[dict[str, float]]:
     """Train unless that is done; the lines of its log."""
     if not artifact.exists(output / "model"):
-        done = subprocess.run([sys.executable, str(ROOT / "launch" / script), str(recipe), "--set", f"output={output}",
+        done = subprocess.run([sys.executable, str(ROOT / "launch" / script), str(file), "--set", f"output={output}",
                                *settings, "--resume", "auto"], check=False)
         if done.returncode:
             raise SystemExit(done.returncode)  # it has said why

@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     from lexmae.cycle import plan, report, runner
+    from lexmae.retrieval import engines
 
     file = Path(options.recipe) / "pipeline.yaml" if Path(options.recipe).is_dir() else Path(options.recipe)
     config = recipe.load(file, PipelineRecipe, options.overrides)
@@ -69,10 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.list:
         print("\n".join(f"{step.name}: {' '.join(step.command)}" for step in planned))
         return
-    if config.evaluation.engine == "anserini":  # which is needed only after hours of training
-        from lexmae.retrieval import anserini
-
-        anserini.find_java(), anserini.find_jar()
+    engines.check(config.evaluation.engine)  # which is needed only after hours of training
     last = names.index(options.until) if options.until else len(planned) - 1
     with locks.writing(config.work):
         run = runner.Runner(Path(config.work), ranks, options.hostfile, options.redo)

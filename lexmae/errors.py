@@ -23,6 +23,11 @@ class InputError(ValueError):
         return type(self), (self.reason, self.path, self.line)
 
 
+def one_line(error: BaseException) -> str:
+    """What a library's error says, as one line of at most 300 characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 class RunError(RuntimeError):
     """A run that cannot go on, for a reason that lies outside of its input. One line, exit code ``code``."""
 

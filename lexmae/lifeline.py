@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn, Protocol
 
+from lexmae.errors import one_line
 from lexmae.ranks import rank_and_world, several_hosts
 
 LIMIT = "LEXMAE_LIFELINE"  # environment: seconds without a sign of life after which a rank is lost; 0 turns it off
@@ -250,7 +251,7 @@ def blame(error: Exception) -> NoReturn:
     if _current is not None:
         if any(word in str(error).lower() for word in _NETWORK):
             found = _current.wait_for_verdict()
-        _current.close(" ".join(str(error).split())[:300] or type(error).__name__)
+        _current.close(one_line(error))
     if found is None:
         raise error
     if os.environ.get("LOCAL_RANK", "0") == "0":

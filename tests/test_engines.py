@@ -410,3 +410,14 @@ def test_a_damaged_index_is_refused(tmp_path, engine, package, file):
     reseal(tmp_path / "i")
     with pytest.raises(InputError, match="cannot read it"):
         engines.open_index(tmp_path / "i")
+
+
+def test_what_an_engine_lacks_is_said_before_it_is_used(monkeypatch):
+    engines.check("exact")
+    monkeypatch.setenv("ANSERINI_JAR", "/nowhere.jar")
+    monkeypatch.setattr(anserini, "find_java", lambda: Path("java"))
+    with pytest.raises(InputError, match="ANSERINI_JAR names no file"):
+        engines.check("anserini")
+    monkeypatch.setitem(sys.modules, "seismic", None)
+    with pytest.raises(InputError, match="the engine seismic is not installed"):
+        engines.check("seismic")

@@ -13,7 +13,7 @@ from lexmae.errors import InputError
 
 KIND = "negatives"
 _QUOTA_STREAM = 1000  # added to the stream of a draw
-_NO_ROWS, _NO_SCORES = np.zeros(0, np.int32), np.zeros(0, np.float32)
+NO_ROWS, NO_SCORES = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
 class _Lists:
@@ -92,7 +92,7 @@ class NegativeLists:
     def _shuffled(self, query: int, noise: list[np.ndarray], quotas: np.ndarray,
                   count: int) -> tuple[np.ndarray, np.ndarray]:
         """At most ``count`` different rows of the query's lists and their scores, in a random order."""
-        rows, scores, late = [_NO_ROWS], [_NO_SCORES], []
+        rows, scores, late = [NO_ROWS], [NO_SCORES], []
         for source, values, quota in zip(self._sources, noise, quotas.tolist(), strict=False):
             part = source.part(query)
             order = np.argsort(values[:part.stop - part.start], kind="stable")

@@ -15,12 +15,10 @@ import numpy as np
 from lexmae import artifact
 from lexmae.cli import progress, say
 from lexmae.config import NegativesConfig, NegativeSource
-from lexmae.data.draws import KIND
+from lexmae.data.draws import KIND, NO_ROWS, NO_SCORES
 from lexmae.data.negatives import Row, read_negatives
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
-
-_NO_ROWS, _NO_SCORES = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
 @dataclass
@@ -68,7 +66,7 @@ def build(shards: Shards, split: str, config: NegativesConfig, output: str | Pat
         _take_best(config, shards, row_of, trained)
     sources = []
     for source in config.lists:
-        read = _Source(source, [_NO_ROWS] * len(row_of), [_NO_SCORES] * len(row_of))
+        read = _Source(source, [NO_ROWS] * len(row_of), [NO_SCORES] * len(row_of))
         _fill(read, shards, stand_in, row_of, positives, trained, teacher)
         sources.append(read)
     judged = sum(len(rows) > 0 for rows in positives)
@@ -93,6 +91,11 @@ def build(shards: Shards, split: str, config: NegativesConfig, output: str | Pat
         draft.counts.update(queries=judged, without_negatives=empty, documents=len(shards.docs),
                             sources=[source.counts for source in sources])
         draft.extra["shares"] = [source.config.share for source in sources]
+
+
+def checksums(output: str | Path) -> list[str]:
+    """Of the files that rows were made of, in the order of the sources."""
+    return artifact.read(output, KIND).config["checksums"]
 
 
 def _is_made(output: str | Path, settings: Mapping[str, Any], shards: Shards) -> bool:
@@ -150,10 +153,8 @@ def _fill(source: _Source, shards: Shards, passages: str, row_of: Mapping[str, i
             continue
         source.counts["queries"] += 1
         names, known = _top(found, depth + len(positives[query]))
-        try:
+        with shards.looking_up(found.qid, source.config.path):
             rows, places = shards.documents.rows_named(names, passages)
-        except InputError as error:
-            raise InputError(f"query {found.qid!r}: {error.reason} of {shards.path}", source.config.path) from None
         if known is not None and np.bincount(places, minlength=1).max() > 1:
             raise InputError(f"query {found.qid!r}: scores of documents that are split belong to no single passage",
                              source.config.path)
@@ -254,6 +255,6 @@ def _keep_scored(sources: list[_Source], trained: list[np.ndarray], teacher: lis
 
 def _save(folder: Path, name: str, rows: list[np.ndarray], scores: list[np.ndarray] | None = None) -> None:
     np.save(folder / f"{name}-ends.npy", np.cumsum([len(r) for r in rows], dtype=np.int64))
-    np.save(folder / f"{name}-rows.npy", np.concatenate([*rows, _NO_ROWS]).astype(np.int32))
+    np.save(folder / f"{name}-rows.npy", np.concatenate([*rows, NO_ROWS]).astype(np.int32))
     if scores is not None:
-        np.save(folder / f"{name}-scores.npy", np.concatenate([*scores, _NO_SCORES]).astype(np.float32))
+        np.save(folder / f"{name}-scores.npy", np.concatenate([*scores, NO_SCORES]).astype(np.float32))

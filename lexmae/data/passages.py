@@ -162,9 +162,14 @@ class PassageMap:
             InputError: names the first that is neither.
         """
         if self.ends is None:
-            rows = self.table.rows(names)
-            first = np.sort(np.unique(rows, return_index=True)[1])
-            return rows[first], first
+            rows, places = self.table.rows(names), np.arange(len(names))
+        else:
+            rows, places = self._rows_of_either(names, which)
+        first = np.sort(np.unique(rows, return_index=True)[1])
+        return rows[first], places[first]
+
+    def _rows_of_either(self, names: Sequence[str], which: str) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and places, with repeats, where documents are split."""
         single = self.table.contains(names)
         starts, sizes = np.empty(len(names), np.int64), np.ones(len(names), np.int64)
         starts[single] = self.table.rows([name for name, alone in zip(names, single, strict=True) if alone])
@@ -172,9 +177,7 @@ class PassageMap:
         starts[~single] = self._starts(documents)
         if which == "all":
             sizes[~single] = self.sizes(documents)
-        rows = _ranges(starts, sizes)
-        first = np.sort(np.unique(rows, return_index=True)[1])
-        return rows[first], np.repeat(np.arange(len(names)), sizes)[first]
+        return _ranges(starts, sizes), np.repeat(np.arange(len(names)), sizes)
 
     def _starts(self, documents: np.ndarray) -> np.ndarray:
         documents = np.asarray(documents, np.int64)

@@ -14,6 +14,8 @@ Reading needs neither torch nor transformers. `prepare` (of `lexmae.data.prepare
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -85,6 +87,14 @@ class Shards:
         self._known(split)
         path = self.path / "qrels" / f"{split}.tsv"
         return read_qrels(path) if path.is_file() else {}
+
+    @contextlib.contextmanager
+    def looking_up(self, query: str, source: str | Path) -> Iterator[None]:
+        """An InputError about an unknown document becomes one about that query of the file ``source``."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"query {query!r}: {error.reason} of {self.path}", source) from None
 
     def vocabulary(self) -> list[str]:
         """The token strings by id."""

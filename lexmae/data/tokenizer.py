@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lexmae.checked import LOADING_ERRORS
-from lexmae.errors import InputError
+from lexmae.errors import InputError, one_line
 
 MISSING_TITLE = "-"
 
@@ -186,8 +186,7 @@ def load(name: str | Path) -> Any:
     try:
         found = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"cannot load a tokenizer: {reason[:300]}", path=name) from error
+        raise InputError(f"cannot load a tokenizer: {one_line(error)}", path=name) from error
     for key in ("is_local", "local_files_only"):  # how it was loaded is no part of what it is
         found.init_kwargs.pop(key, None)
     return found

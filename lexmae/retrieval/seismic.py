@@ -103,6 +103,11 @@ def _classes(seismic: Any, wide: bool) -> tuple[Any, Any]:
                                                                            seismic.SeismicIndex)
 
 
+def check() -> None:
+    """InputError where it is not installed."""
+    _seismic()
+
+
 def _seismic() -> Any:
     try:
         import seismic

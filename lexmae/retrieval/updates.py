@@ -34,7 +34,7 @@ def add(index: str | Path, vectors: str | Path, threads: int | None = None) -> a
         InputError: an id is in the index already, or the vectors were encoded otherwise than its documents.
     """
     with locks.writing(index):
-        return _add(Path(index), vectors, threads)
+        return _add(Path(index), _new_documents(Path(index), vectors), vectors, threads)
 
 
 def replace(index: str | Path, ids: str | Path, vectors: str | Path, threads: int | None = None) -> artifact.Manifest:
@@ -44,14 +44,13 @@ def replace(index: str | Path, ids: str | Path, vectors: str | Path, threads: in
         InputError: as ``delete`` and ``add``.
     """
     with locks.writing(index):
-        _addition(Path(index), vectors, [name for _, name in read_lines(ids)])
+        new = _new_documents(Path(index), vectors, [name for _, name in read_lines(ids)])
         _delete(Path(index), ids)
-        return _add(Path(index), vectors, threads)
+        return _add(Path(index), new, vectors, threads)
 
 
-def _addition(index: Path, vectors: str | Path,
-              gone: Sequence[str] = ()) -> tuple[artifact.Manifest, StoredVectors]:
-    """The index and vectors that may be added to it, when the documents ``gone`` have left it."""
+def _new_documents(index: Path, vectors: str | Path, gone: Sequence[str] = ()) -> StoredVectors:
+    """Vectors that may be added to an index when the documents ``gone`` have left it."""
     manifest, new = _read(index), StoredVectors.open(vectors, side="docs")
     _check_same_encoder(manifest, new, vectors)
     known = pc.is_in(new.id_array, value_set=segments.number_documents(segments.open_segments(index))[0])
@@ -59,11 +58,11 @@ def _addition(index: Path, vectors: str | Path,
     if pc.any(known).as_py():
         name = new.id_array[pc.index(known, True).as_py()]
         raise InputError(f"the document '{name}' is in {index} already; delete it first to replace it", vectors)
-    return manifest, new
+    return new
 
 
-def _add(index: Path, vectors: str | Path, threads: int | None) -> artifact.Manifest:
-    manifest, new = _addition(index, vectors)
+def _add(index: Path, new: StoredVectors, vectors: str | Path, threads: int | None) -> artifact.Manifest:
+    manifest = _read(index)
     if manifest.config.get("top_k") is not None:
         new = new.pruned(manifest.fact("top_k", int, "config"))
     with _revision(manifest, lambda name: True, inputs={"vectors": vectors},

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from lexmae import lifeline, memory
 from lexmae.config import OptimizationConfig
-from lexmae.errors import InputError
+from lexmae.errors import InputError, one_line
 from lexmae.ranks import Hosts
 from lexmae.train import fragments
 from lexmae.train.hardware import Hardware
@@ -132,12 +132,12 @@ class _AdamW(torch.optim.AdamW):
             super().step(closure)
 
 
-def _one_line(error: Exception) -> str:
-    """The key and reason of a pydantic error's first part, or an error's first line."""
+def _reason(error: Exception) -> str:
+    """The key and reason of a pydantic error's first part, or what another error says."""
     if callable(getattr(error, "errors", None)):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return one_line(error)
 
 
 class Engine:
@@ -160,7 +160,7 @@ class Engine:
         try:
             deepspeed.DeepSpeedConfig(dict(hardware.config))
         except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
-            raise InputError(f"DeepSpeed refuses the configuration: {_one_line(error)}") from error
+            raise InputError(f"DeepSpeed refuses the configuration: {_reason(error)}") from error
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(hardware.config),
                                                   dist_init_required=False)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()

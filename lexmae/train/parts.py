@@ -136,11 +136,20 @@ def _reranking(config: RerankRecipe, scorer: Any, shards: Shards, place: Place) 
 
 def _negatives(config: FinetuneRecipe | RerankRecipe, shards: Shards, place: Place) -> draws.NegativeLists:
     """The recipe's lists of negatives as rows, which rank 0 makes."""
-    lists = Path(config.output) / "negatives"
+    lists = _lists(config)
     stored = isinstance(config, FinetuneRecipe) and config.loss.distillation != "none" and not config.loss.teacher
     place.on_rank_zero(lambda: negative_rows.build(shards, config.split, config.negatives, lists, config.passages,
-                                              stored))
+                                                   stored))
     return draws.NegativeLists(lists)
+
+
+def _lists(config: FinetuneRecipe | RerankRecipe) -> Path:
+    return Path(config.output) / "negatives"
+
+
+def checksums_of_negatives(config: PretrainRecipe | FinetuneRecipe | RerankRecipe) -> list[str]:
+    """Of the files that the parts of a recipe were made of, in their order."""
+    return [] if isinstance(config, PretrainRecipe) else negative_rows.checksums(_lists(config))
 
 
 def build_lm(config: ModelConfig, shards: Shards, continued: bool = False) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
         if not reranking and config.probe.every:
             probing["probe"] = _probe(config, shards, objective, run_engine, engine, total, bool(chosen), export)
         lexicon = health.watch_lexicon(config, shards.vocab_size, total, resumed.facts.get("said", ()))
-        facts = {checkpoint.INPUTS: _inputs(config) if rank == 0 else {}}  # which writes them
+        facts = {checkpoint.INPUTS: _inputs(config, parts.checksums_of_negatives(config))}
         if probing:
             facts[checkpoint.PROBED] = _comparable(recipe.to_dict(config))["probe"]
         loop.train(loop.Run(run_engine, objective, data, config.optimization, config.logging, total, output, learned,
@@ -195,10 +195,16 @@ def _learned(config: Mapping[str, Any]) -> dict[str, Any]:
     return learned
 
 
-def _inputs(config: PretrainRecipe | FinetuneRecipe | RerankRecipe) -> dict[str, str]:
-    """What a continued run must find as its beginning did: path → fingerprint of shards, checksum of negatives."""
+def _inputs(config: PretrainRecipe | FinetuneRecipe | RerankRecipe,
+            checksums: Sequence[str] | None = None) -> dict[str, str]:
+    """What a continued run must find as its beginning did: path → fingerprint of shards, checksum of negatives.
+
+    Args:
+        checksums: of the files of negatives, where they are known.
+    """
     files = [] if isinstance(config, PretrainRecipe) else [source.path for source in config.negatives.lists]
-    return {config.data: artifact.read(config.data).fingerprint, **{path: artifact.checksum(path) for path in files}}
+    known = map(artifact.checksum, files) if checksums is None else checksums
+    return {config.data: artifact.read(config.data).fingerprint, **dict(zip(files, known, strict=True))}
 
 
 def _flat(name: str, values: Any) -> dict[str, Any]:
