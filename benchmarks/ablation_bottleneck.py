@@ -58,7 +58,8 @@ def use_of_bottleneck(run: Path) -> float:
     shards = Shards.open(config.data)
     lm = parts.build_lm(config.model, shards, continued=True)
     use_packing(lm)
-    model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source).eval()
+    model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source,
+                       normalize=config.bottleneck.normalize).eval()
     folder = run / "checkpoints"
     with statefile.Reader(folder / f"step-{checkpoint.steps(folder)[-1]}") as reader, torch.no_grad():
         for name, parameter in model.named_parameters():

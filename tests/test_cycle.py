@@ -367,10 +367,27 @@ def test_a_bi_encoder_with_a_tokenizer_and_a_length_of_its_own(folder):
 
 @pytest.mark.parametrize("stage", [StageConfig("x", "stage.yaml", teacher="bi_encoder"),
                                    StageConfig("x", "stage.yaml", negatives="bi_encoder"),
+                                   StageConfig("x", "stage.yaml", compare="bi_encoder"),
                                    StageConfig("x", "stage.yaml", negatives=("bm25", "bi_encoder"))])
 def test_a_bi_encoder_that_is_not_there_is_refused(stage):
     with pytest.raises(InputError, match="x names the bi_encoder, and there is no section of that name"):
         pipeline(stage)
+
+
+def test_a_stage_is_compared_with_the_row_that_it_names(folder):
+    stages = [StageConfig(name, "stage.yaml", compare=other) for name, other in
+              (("a", None), ("b", None), ("c", "a"), ("d", "bm25"), ("e", "bi_encoder"))]
+    steps = plan(folder, pipeline(*stages, bi_encoder=BiEncoderConfig("some/encoder"),
+                                  evaluation=EvaluationConfig(more_splits=("test",))))
+    for name, other in zip("abcde", ("bm25", "a", "a", "bm25", "bi_encoder"), strict=True):
+        assert option(steps[f"{name}-evaluate"], "--compare") == f"work/{other}/run.trec"
+        assert option(steps[f"{name}-test-evaluate"], "--compare") == f"work/{other}/run-test.trec"
+
+
+@pytest.mark.parametrize("other", ["b", "later", "pretrain", "backbone"])
+def test_a_stage_that_is_compared_with_no_earlier_one_is_refused(other):
+    with pytest.raises(InputError, match=f"b is compared with '{other}', which is not an earlier stage"):
+        pipeline(ONE, StageConfig("b", "stage.yaml", compare=other), StageConfig("later", "stage.yaml"))
 
 
 @pytest.mark.parametrize("stages, reranker, reason", [

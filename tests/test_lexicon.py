@@ -88,6 +88,19 @@ def test_bottleneck_mixes_embeddings_and_stops_their_gradient(source):
     assert table.grad is None and pooled.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("source", lexicon.LEXICON_SOURCES)
+def test_a_normalised_bottleneck(source):
+    """As long as an embedding behind a LayerNorm, whatever its scale; nothing in, nothing out."""
+    pooled, table = torch.randn(2, 50, requires_grad=True), torch.randn(50, 64)
+    plain = lexicon.bottleneck(pooled, table, source)
+    got = lexicon.bottleneck(pooled, table * 0.02, source, normalize=True)
+    expected = plain - plain.mean(-1, keepdim=True)
+    torch.testing.assert_close(got, expected * 64**0.5 / expected.norm(dim=-1, keepdim=True), rtol=1e-3, atol=1e-3)
+    (got * torch.randn(64)).sum().backward()
+    assert pooled.grad.isfinite().all() and pooled.grad.abs().sum() > 0
+    assert not lexicon.bottleneck(torch.full((1, 50), -1.0), table, "saturated", normalize=True).any()
+
+
 def test_bottleneck_stays_float32_under_autocast_and_for_half_precision():
     pooled, table = torch.randn(2, 50), torch.randn(50, 8)
     exact = torch.softmax(pooled, -1) @ table

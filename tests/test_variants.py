@@ -50,7 +50,9 @@ def build(architecture: str, source: str, layers: int, pad: int = 0, **options) 
     return model
 
 
-def by_hand(model: Pretrainer, architecture: str, source: str, layers: int, a: dict) -> dict[str, torch.Tensor]:
+def by_hand(
+    model: Pretrainer, architecture: str, source: str, layers: int, a: dict, normalize: bool = False
+) -> dict[str, torch.Tensor]:
     """The losses of SPEC §1 from whole models of Hugging Face: the encoder's, and one of as many layers as the decoder
     has, with the decoder's weights, the encoder's word embeddings, and what it reads put in behind its embeddings."""
     lm = model.lm
@@ -69,6 +71,9 @@ def by_hand(model: Pretrainer, architecture: str, source: str, layers: int, a: d
         states[:, 0] = (weights / weights.sum(-1, keepdim=True)) @ table.detach()
     elif source == "cls":
         states[:, 0] = output.hidden_states[-1][:, 0]
+    if normalize:
+        centred = states[:, 0] - states[:, 0].mean(-1, keepdim=True)
+        states[:, 0] = centred / centred.std(-1, correction=0, keepdim=True)
     config = copy.deepcopy(lm.config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -100,10 +105,12 @@ CASES = [(source, 2, 0) for source in lexicon.SOURCES] + [("logits", 1, 0), ("cl
 
 
 @pytest.mark.parametrize("architecture", ALL)
-@pytest.mark.parametrize("source, layers, pad", CASES)
-def test_losses_and_gradients_by_hand(architecture, source, layers, pad):
-    model, a = build(architecture, source, layers, pad, bag_of_words=True), example(pad)
-    expected = by_hand(model, architecture, source, layers, a)
+@pytest.mark.parametrize("source, layers, pad, normalize", [(*case, False) for case in CASES]
+                         + [("logits", 2, 0, True), ("saturated", 1, 0, True)])
+def test_losses_and_gradients_by_hand(architecture, source, layers, pad, normalize):
+    options = {"bag_of_words": True, "normalize": normalize}
+    model, a = build(architecture, source, layers, pad, **options), example(pad)
+    expected = by_hand(model, architecture, source, layers, a, normalize)
     sum(expected.values()).backward()
     wanted = {name: p.grad.clone() for name, p in model.lm.named_parameters()}
     model.zero_grad(set_to_none=True)
@@ -116,10 +123,10 @@ def test_losses_and_gradients_by_hand(architecture, source, layers, pad):
 
 @pytest.mark.parametrize("architecture", ALL)
 def test_variants_differ(architecture):
-    """What the comparison above rests on: sources and layers give losses of their own."""
-    cases = [case for case in CASES if case[2] == 0]
-    found = {round(losses(build(architecture, *case), example())["dec"].item(), 4) for case in cases}
-    assert len(found) == len(cases) == 5
+    """What the comparison above rests on: sources, layers and normalisation give losses of their own."""
+    models = [build(architecture, *case) for case in CASES if case[2] == 0]
+    models.append(build(architecture, "logits", 2, normalize=True))
+    assert len({round(losses(model, example())["dec"].item(), 4) for model in models}) == len(models) == 6
 
 
 @pytest.mark.parametrize("architecture", ALL)

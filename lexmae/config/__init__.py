@@ -103,6 +103,8 @@ class BottleneckConfig:
         encoder_weight: weight of the encoder's masked-LM loss.
         decoder_weight: weight of the decoder's masked-LM loss.
         bow_weight: weight of the bag-of-words loss of DupMAE (``lexicon.bag_of_words_loss``); 0 (the paper) has none.
+        normalize: give a bottleneck of ``logits`` or ``saturated`` the length of the decoder's other inputs, by a
+            LayerNorm without weights. The paper does not.
         active_terms: the lexicon encoder that is measured by probes and written has at most this many active terms per
             document on average: where it would have more, all its output biases are lowered alike, which changes no
             loss. Unset leaves them.
@@ -113,6 +115,7 @@ class BottleneckConfig:
     encoder_weight: float = 1.0
     decoder_weight: float = 1.0
     bow_weight: float = 0.0
+    normalize: bool = False
     active_terms: int | None = None
 
     def __post_init__(self):

@@ -51,6 +51,8 @@ class StageConfig:
         mine_depth: depth of the lists of negatives that are mined for it.
         teacher: ``reranker`` or ``bi_encoder``: its negatives carry the scores of the pipeline's cross-encoder, or of
             its bi-encoder.
+        compare: what its results are tested against: ``bm25``, ``bi_encoder`` or an earlier stage; without it, the
+            stage before it, or else ``bm25``.
     """
 
     name: str
@@ -59,6 +61,7 @@ class StageConfig:
     negatives: str | tuple[str, ...] = "bm25"
     mine_depth: int = 512
     teacher: str | None = None
+    compare: str | None = None
 
     def __post_init__(self):
         _require_name(self.name)
@@ -224,8 +227,10 @@ class PipelineRecipe:
             require(stage.name not in taken, f"stages: the name '{stage.name}' is taken")
             require(stage.init in known,
                         f"stages: {stage.name} starts from '{stage.init}', which is not an earlier step")
-            require(self.bi_encoder or BI_ENCODER not in (stage.teacher, *stage.sources),
+            require(self.bi_encoder or BI_ENCODER not in (stage.teacher, stage.compare, *stage.sources),
                     f"stages: {stage.name} names the bi_encoder, and there is no section of that name")
+            require(stage.compare in {None, "bm25", BI_ENCODER} | known - {"pretrain", "backbone"},
+                    f"stages: {stage.name} is compared with '{stage.compare}', which is not an earlier stage")
             require(stage.teacher != RERANKER or trained,
                     f"stages: {stage.name} has a teacher that is not there yet: the reranker is trained behind "
                     f"'{self.reranker.negatives if self.reranker else 'nothing'}'")

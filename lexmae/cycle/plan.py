@@ -48,7 +48,7 @@ class Plan:
         self._add_bm25()
         if config.bi_encoder:
             for target in self.targets:
-                self._add_measuring(BI_ENCODER, target)
+                self._add_measuring(BI_ENCODER, target, "bm25")
         self._add_reranker("bm25")
         for stage in config.stages:
             self._add_stage(stage)
@@ -281,11 +281,12 @@ class Plan:
     def _add_stage(self, stage: StageConfig) -> None:
         negatives = [self._taught(stage, position) for position in range(len(stage.sources))]
         self._add_ranking(stage.name, "launch/finetune.py", FinetuneRecipe, stage, negatives)
+        against = stage.compare or (self._stages_done[-1] if self._stages_done else "bm25")
         for target in self.targets:
-            self._add_measuring(stage.name, target)
+            self._add_measuring(stage.name, target, against)
         self._stages_done.append(stage.name)
 
-    def _add_measuring(self, model: str, target: Target) -> None:
+    def _add_measuring(self, model: str, target: Target, against: str) -> None:
         """Encode, index, search and evaluate with the model of a stage, or with the bi-encoder."""
         folder, infix = self.work / model / target.folder, target.infix
         docs = self._add_encode(f"{model}{infix}-docs", model, "docs", target)
@@ -296,7 +297,7 @@ class Plan:
             folder / "index", [docs])
         run = self._add_search(f"{model}{infix}-search", queries, index, self._run(model, target),
                                self.config.evaluation.hits, documents=self.config.prepare.split_documents)
-        self._add_evaluation(model, run, target, self._stages_done[-1] if self._stages_done else "bm25")
+        self._add_evaluation(model, run, target, against)
 
     @property
     def _batch_tokens(self) -> list[str]:

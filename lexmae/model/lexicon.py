@@ -14,6 +14,7 @@ from lexmae.errors import InputError
 
 LEXICON_SOURCES = ("logits", "saturated")
 SOURCES = (*LEXICON_SOURCES, "cls", "off")
+_EPS = 1e-8  # beside a variance of 1e-4 or more
 
 
 def max_pool(logits: Tensor, text_mask: Tensor) -> Tensor:
@@ -44,13 +45,15 @@ def importance(pooled: Tensor, source: str = "logits") -> Tensor:
     raise InputError(f"unknown bottleneck source {source!r}; a lexicon gives {', '.join(LEXICON_SOURCES)}")
 
 
-def bottleneck(pooled: Tensor, embeddings: Tensor, source: str = "logits") -> Tensor:
+def bottleneck(pooled: Tensor, embeddings: Tensor, source: str = "logits", normalize: bool = False) -> Tensor:
     """b = a · sg(E): [B, V] pooled logits and the [V, H] embedding table -> [B, H] float32.
 
-    The gradient flows through the importance weights alone, never into the table.
+    The gradient flows through the importance weights alone, never into the table. Normalised, b has mean 0 and variance
+    1 over its H entries: a LayerNorm without weights, which makes it as long as the embeddings beside which it is read.
     """
     with torch.autocast(pooled.device.type, enabled=False):
-        return importance(pooled, source) @ embeddings.detach().float()
+        mixed = importance(pooled, source) @ embeddings.detach().float()
+        return torch.nn.functional.layer_norm(mixed, mixed.shape[-1:], eps=_EPS) if normalize else mixed
 
 
 def bag_of_words_loss(pooled: Tensor, ids: Tensor, text_mask: Tensor) -> Tensor:

@@ -35,11 +35,12 @@ class Pretrainer(nn.Module):
         bottleneck: where b comes from: `logits` (the paper), `saturated`, `cls`, or `off`.
         head: implementation of the output matrix's products, see `head.max_logits`.
         bag_of_words: also compute the loss of `lexicon.bag_of_words_loss`, whatever the bottleneck is made of.
+        normalize: give a bottleneck made of the lexicon the length of the decoder's other inputs.
     """
 
     def __init__(
         self, lm: PreTrainedModel, n_decoder_layers: int = 2, bottleneck: str = "logits", head: str = "auto",
-        bag_of_words: bool = False,
+        bag_of_words: bool = False, normalize: bool = False,
     ):  # fmt: skip
         super().__init__()
         if bottleneck not in lexicon.SOURCES:
@@ -49,6 +50,7 @@ class Pretrainer(nn.Module):
         self.source = bottleneck
         self.head = head
         self.bag_of_words = bag_of_words
+        self.normalize = normalize
 
     def forward(
         self,
@@ -124,7 +126,7 @@ class Pretrainer(nn.Module):
             return None
         if self.source == "cls":
             return _first(hidden, packing)
-        return lexicon.bottleneck(pooled, backbone.word_embeddings(self.lm), self.source)
+        return lexicon.bottleneck(pooled, backbone.word_embeddings(self.lm), self.source, self.normalize)
 
 
 def _first(tokens: Tensor, packing: Packing | None) -> Tensor:

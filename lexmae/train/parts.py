@@ -88,7 +88,7 @@ def _pretraining(config: PretrainRecipe, lm: Any, shards: Shards, place: Place) 
     if config.bottleneck.active_terms:
         output_bias(lm, "bottleneck.active_terms")  # which is needed at the end
     model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source,
-                       bag_of_words=config.bottleneck.bow_weight > 0)
+                       bag_of_words=config.bottleneck.bow_weight > 0, normalize=config.bottleneck.normalize)
     packed = packs(config, place.hardware)
     data = PretrainData(shards, config.masking, micro_batch=place.hardware.micro_batch, packed=packed,
                         **_common(config, place))
