@@ -29,7 +29,6 @@ from lexmae.config import PretrainRecipe
 from lexmae.data.batches import PretrainData
 from lexmae.data.shards import Shards
 from lexmae.model.attention import use_packing
-from lexmae.model.pretrainer import Pretrainer
 from lexmae.train import checkpoint, fragments, parts, statefile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,8 +57,7 @@ def use_of_bottleneck(run: Path) -> float:
     shards = Shards.open(config.data)
     lm = parts.build_lm(config.model, shards, continued=True)
     use_packing(lm)
-    model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source,
-                       normalize=config.bottleneck.normalize).eval()
+    model = parts.build_pretrainer(lm, config.bottleneck).eval()
     folder = run / "checkpoints"
     with statefile.Reader(folder / f"step-{checkpoint.steps(folder)[-1]}") as reader, torch.no_grad():
         for name, parameter in model.named_parameters():

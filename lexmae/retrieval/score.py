@@ -40,6 +40,7 @@ from lexmae.retrieval.scored import (
 
 BLOCK = 64  # queries per part
 
+
 def score(model: str | Path, shards: str | Path, output: str | Path, config: ScoreConfig, *,
           negatives: str | Path | None = None, run: str | Path | None = None,
           overwrite: bool = False) -> dict[str, Any]:

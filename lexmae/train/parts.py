@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lexmae.cli import say
-from lexmae.config import FinetuneRecipe, ModelConfig, PretrainRecipe, RerankRecipe
+from lexmae.config import BottleneckConfig, FinetuneRecipe, ModelConfig, PretrainRecipe, RerankRecipe
 from lexmae.data import draws, negative_rows
 from lexmae.data.batches import PretrainData, RankingData, read_texts
 from lexmae.data.pairs import RerankData, read_pairs
@@ -87,8 +87,7 @@ def _common(config: Any, place: Place) -> dict[str, int]:
 def _pretraining(config: PretrainRecipe, lm: Any, shards: Shards, place: Place) -> Parts:
     if config.bottleneck.active_terms:
         output_bias(lm, "bottleneck.active_terms")  # which is needed at the end
-    model = Pretrainer(lm, config.bottleneck.decoder_layers, config.bottleneck.source,
-                       bag_of_words=config.bottleneck.bow_weight > 0, normalize=config.bottleneck.normalize)
+    model = build_pretrainer(lm, config.bottleneck)
     packed = packs(config, place.hardware)
     data = PretrainData(shards, config.masking, micro_batch=place.hardware.micro_batch, packed=packed,
                         **_common(config, place))
@@ -150,6 +149,12 @@ def _lists(config: FinetuneRecipe | RerankRecipe) -> Path:
 def checksums_of_negatives(config: PretrainRecipe | FinetuneRecipe | RerankRecipe) -> list[str]:
     """Of the files that the parts of a recipe were made of, in their order."""
     return [] if isinstance(config, PretrainRecipe) else negative_rows.checksums(_lists(config))
+
+
+def build_pretrainer(lm: Any, config: BottleneckConfig) -> Pretrainer:
+    """The backbone with the bottleneck and the decoder of a recipe."""
+    return Pretrainer(lm, config.decoder_layers, config.source, bag_of_words=config.bow_weight > 0,
+                      normalize=config.normalize)
 
 
 def build_lm(config: ModelConfig, shards: Shards, continued: bool = False) -> Any:
