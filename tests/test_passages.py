@@ -249,6 +249,31 @@ def test_a_teachers_score_of_a_document_is_that_of_its_best_passage(long_shards,
     assert lists.pair_scores()[at] == 2.5
 
 
+@pytest.mark.parametrize(("passages", "row", "reason"), [
+    ("first", Row("t1", ["D9#1", "D6"], [0.5, 0.2], {"D4": 2.5}, ["D4#1"]), "'D6' .* tools/mine.py --passages"),
+    ("best", Row("t1", ["D9#1", "D6"], [0.5, 0.2], {"D4": 2.5}, ["D4#1"]), "'D6' .* tools/mine.py --passages"),
+    ("first", Row("t1", ["D9#1"], [0.5], {"D4": 2.5}), "'D4' .* 'passages: best' .* loss.teacher"),
+])
+def test_distillation_refuses_scores_of_passages_that_it_does_not_read(long_shards, tmp_path, passages, row, reason):
+    write_negatives(tmp_path / "scored.jsonl", [row])
+    config = NegativesConfig(str(tmp_path / "scored.jsonl"))
+    with pytest.raises(InputError, match=f"scored.jsonl: query 't1': the score of {reason}"):
+        negative_rows.build(long_shards, "train", config, tmp_path / "lists", passages, distil=True)
+    negative_rows.build(long_shards, "train", config, tmp_path / "lists", passages)  # where nothing learns from them
+
+
+def test_distillation_takes_scores_of_passages_and_of_documents_that_are_one(long_shards, tmp_path):
+    whole = next(name for name in long_shards.documents.ids(np.arange(12)) if name != "D4" and
+                 long_shards.documents.sizes(long_shards.documents.numbers([name]))[0] == 1)
+    write_negatives(tmp_path / "n.jsonl", [Row("t1", ["D9#1", whole], [0.5, 0.2], {"D4": 2.5}, ["D4#1"])])
+    negative_rows.build(long_shards, "train", NegativesConfig(str(tmp_path / "n.jsonl")), tmp_path / "lists", "best",
+                        distil=True)
+    lists = draws.NegativeLists(tmp_path / "lists")
+    drawn = lists.draw(np.array([long_shards.queries("train").ids().index("t1")]), 40,
+                       KeyedRandom(1, np.arange(1)), 8)[0]
+    assert set(named(long_shards, drawn)) == {"D9#1", f"{whole}#0"}
+
+
 def test_best_passages_that_nothing_notes_or_nobody_knows_are_refused(long_shards, tmp_path):
     with pytest.raises(InputError, match="lists-0.jsonl: passages: 'best' needs .* tools/mine.py --passages"):
         with_best(long_shards, tmp_path, [[Row("t1", ["D5"])]])

@@ -15,7 +15,8 @@ from lexmae.data.negatives import write_negatives
 from lexmae.data.pairs import read_pairs
 from lexmae.errors import InputError
 from lexmae.model.reranker import KIND, CrossEncoder
-from lexmae.train.rerank import Teacher
+from lexmae.train.hardware import Hardware
+from lexmae.train.rerank import Teacher, check_teacher
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_scores_are_those_of_each_pair_alone(tiny_shards, teacher_dir, tmp_path)
     assert teacher.max_length == 36
     ranking = data(tiny_shards, teacher, tmp_path, micro_batch=7)
     batch = ranking(0)
-    assert [len(pairs.input_ids) for pairs in batch.pairs] == [6, 6, 6], "two queries of three documents at a time"
+    assert [len(pairs.input_ids) for pairs in batch.pairs] == [7, 7, 4], "no more pairs at a time than texts"
     found = teacher(batch)
     positions, rows = ranking._stream.rows(0, 6)
     docs, _ = ranking._documents(positions, rows)
@@ -62,6 +63,22 @@ def test_ranks_ask_about_their_own_queries(tiny_shards, teacher_dir, tmp_path):
     whole = teacher(data(tiny_shards, teacher, tmp_path, micro_batch=64)(3))
     parts = [teacher(data(tiny_shards, teacher, tmp_path, micro_batch=3, rank=rank, world=2)(3)) for rank in range(2)]
     np.testing.assert_allclose(torch.cat(parts), whole, atol=1e-4)
+
+
+def test_pairs_stay_within_a_budget_of_tokens(tiny_shards, teacher_dir, tmp_path):
+    """A query's documents may be more than a micro-batch holds: three pairs of up to 36 tokens here, of 60."""
+    teacher = Teacher(str(teacher_dir), tiny_shards)
+    by_tokens = data(tiny_shards, teacher, tmp_path, micro_batch=0, micro_tokens=60)(1)
+    assert len(by_tokens.pairs) > 6 and all(pairs.input_ids.numel() <= 60 for pairs in by_tokens.pairs)
+    whole = data(tiny_shards, teacher, tmp_path, micro_batch=0, micro_tokens=10_000)(1)
+    assert len(whole.pairs) == 1
+    np.testing.assert_allclose(teacher(by_tokens), teacher(whole), atol=1e-4)
+
+
+def test_a_budget_that_holds_no_pair_is_refused(tiny_shards, teacher_dir):
+    check_teacher(str(teacher_dir), tiny_shards, Hardware(1, 0, 0, {}, micro_tokens=36))
+    with pytest.raises(InputError, match="micro_tokens 35: the teacher reads pairs of up to 36 tokens, so at least 36"):
+        check_teacher(str(teacher_dir), tiny_shards, Hardware(1, 0, 0, {}, micro_tokens=35))
 
 
 def test_another_tokenizer_or_kind_is_refused(tiny_shards, teacher_dir, model_dir, tmp_path):

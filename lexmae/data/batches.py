@@ -85,7 +85,7 @@ class RankingBatch(Movable):
     ``exclude`` [2, E] are (query, document) pairs of the global batch [G, G·N] that take no part in the loss.
     ``query_order`` puts the rows of the concatenated chunks of ``queries`` into the order of the batch.
     ``teacher_scores`` are a teacher's scores of a query's own documents, NaN where it has not given them; ``pairs``
-    are what a teacher reads that scores the batch itself, some queries at a time.
+    are the Q·N pairs in that order, as a teacher reads them that scores the batch itself, some at a time.
     """
 
     queries: list[TextBatch]
@@ -184,7 +184,7 @@ class RankingData:
         micro_batch: texts per chunk.
         micro_tokens: tokens of a chunk in place of that, see `budget.Spread`, there also ``packed``. The ranks then
             share out the queries so that all have about as many tokens.
-        pairs: query rows [n] and document rows [n, N] → the pairs that a teacher reads.
+        pairs: query rows [n] and document rows [n] → the pairs that a teacher reads.
     """
 
     def __init__(self, shards: Shards, split: str, negatives: NegativeLists, config: NegativesConfig, *, seed: int,
@@ -217,14 +217,14 @@ class RankingData:
                             self._for_teacher(pairs[own, 0], docs[own]))
 
     def _for_teacher(self, queries: np.ndarray, docs: np.ndarray) -> list[Any]:
-        """Query rows [Q] and document rows [Q, N] as pairs, about a chunk at a time."""
+        """Query rows [Q] and document rows [Q, N] as pairs, no more at a time than a chunk has texts or tokens."""
         if self._read_pairs is None:
             return []
+        queries, docs = np.repeat(queries, docs.shape[1]), docs.reshape(-1)
         each = self._spread.size
         if self._spread.tokens:
-            longest = self.queries.lengths[queries] + self.shards.docs.lengths[docs].max(1)
-            each = self._spread.tokens // int(longest.max())
-        each = max(1, each // docs.shape[1])
+            longest = int((self.queries.lengths[queries] + self.shards.docs.lengths[docs]).max())
+            each = max(1, self._spread.tokens // longest)
         return [self._read_pairs(queries[i:i + each], docs[i:i + each]) for i in range(0, len(queries), each)]
 
     def _documents(self, positions: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

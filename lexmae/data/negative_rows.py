@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def build(shards: Shards, split: str, config: NegativesConfig, output: str | Pat
 
     Raises:
         InputError: the split has no judgements, a source names an unknown document or none of the queries, or there
-            are no scores where a filter or distillation needs them, or no best passages.
+            are no scores where a filter or distillation needs them, or no best passages; or distillation would learn
+            the score of a whole document, which is that of its best passage, from another passage.
     """
     settings = {"split": split, "sources": [vars(source) for source in config.lists], "distil": distil,
                 "filter_margin": config.filter_margin, "filter_ratio": config.filter_ratio,
@@ -67,7 +69,9 @@ def build(shards: Shards, split: str, config: NegativesConfig, output: str | Pat
     sources = []
     for source in config.lists:
         read = _Source(source, [NO_ROWS] * len(row_of), [NO_SCORES] * len(row_of))
-        _fill(read, shards, stand_in, row_of, positives, trained, teacher)
+        learns = distil and shards.split_documents
+        check = functools.partial(_refuse_whole, shards, source.path, best) if learns else None
+        _fill(read, shards, stand_in, row_of, positives, trained, teacher, check)
         sources.append(read)
     judged = sum(len(rows) > 0 for rows in positives)
     for source in sources:  # when all of them have told the scores of positives
@@ -144,8 +148,8 @@ def _take_best(config: NegativesConfig, shards: Shards, row_of: Mapping[str, int
 
 
 def _fill(source: _Source, shards: Shards, passages: str, row_of: Mapping[str, int], positives: list[np.ndarray],
-          trained: list[np.ndarray], teacher: list[np.ndarray]) -> None:
-    """Read one source: its ranks from ``skip`` to ``depth``, judged positives not counted."""
+          trained: list[np.ndarray], teacher: list[np.ndarray], check: Callable[[Row, list[str]], None] | None) -> None:
+    """Read one source: its ranks from ``skip`` to ``depth``, judged positives not counted; ``check`` sees each row."""
     skip, depth = source.config.skip, source.config.depth
     for found in progress(read_negatives(source.config.path), desc="negatives", unit="queries"):
         query = row_of.get(found.qid)
@@ -153,6 +157,8 @@ def _fill(source: _Source, shards: Shards, passages: str, row_of: Mapping[str, i
             continue
         source.counts["queries"] += 1
         names, known = _top(found, depth + len(positives[query]))
+        if check is not None and known is not None:
+            check(found, names)
         with shards.looking_up(found.qid, source.config.path):
             rows, places = shards.documents.rows_named(names, passages)
         if known is not None and np.bincount(places, minlength=1).max() > 1:
@@ -177,6 +183,22 @@ def _top(found: Row, count: int) -> tuple[list[str], list[float] | None]:
         places.setdefault(name, place)
     names = list(places)[:count]
     return names, found.scores and [found.scores[places[name]] for name in names]
+
+
+def _refuse_whole(shards: Shards, path: str, best: bool, found: Row, negatives: list[str]) -> None:
+    """Refuse scores of documents that have several passages: each is that of a document's best passage, and training
+    reads one that may be another. Positives may be such where training reads their ``best`` ranked passages."""
+    scored = [negatives] if best else [negatives, list(found.positives or {})]
+    remedies = "negatives of tools/mine.py --passages are passages", "'passages: best' trains on that of a positive"
+    for names, remedy in zip(scored, remedies, strict=False):
+        single = shards.docs.contains(names)
+        whole = [name for name, one in zip(names, single, strict=True) if not one]
+        with shards.looking_up(found.qid, path):
+            split = shards.documents.sizes(shards.documents.numbers(whole)) > 1
+        if split.any():
+            raise InputError(f"query {found.qid!r}: the score of '{whole[int(np.argmax(split))]}' is that of its best "
+                             f"passage, which is not what distillation trains on; {remedy}, and loss.teacher scores "
+                             "whatever is trained on", path)
 
 
 def _learn_positives(found: Row, shards: Shards, rows: np.ndarray, scores: np.ndarray) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lexmae import artifact
 from lexmae.cli import say
 from lexmae.config import RerankRecipe
 from lexmae.data.batches import RankingBatch
@@ -56,8 +57,7 @@ class Teacher:
     def __init__(self, folder: str, shards: Shards):
         made = shards.refuse_other_tokenizer(folder, KIND)
         self.scorer = CrossEncoder.load(folder).eval().requires_grad_(False)
-        whole = shards.manifest.extra["query_length"] + shards.manifest.extra["max_length"] - 1
-        self.max_length = min(made.extra.get("pair_length", whole) if made else whole, self.scorer.max_length)
+        self.max_length = min(_pair_length(made, shards), self.scorer.max_length)
 
     @torch.no_grad()
     def __call__(self, batch: RankingBatch) -> torch.Tensor:
@@ -67,8 +67,24 @@ class Teacher:
         gpu = device.type == "cuda"
         low = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         with torch.autocast(device.type, dtype=low, enabled=gpu):
-            scores = [self.scorer(**pairs.arguments()).float().view(-1, pairs.n_docs) for pairs in batch.pairs]
-        return torch.cat(scores)
+            scores = torch.cat([self.scorer(**pairs.arguments()).float() for pairs in batch.pairs])
+        return scores.view(-1, batch.n_docs)
+
+
+def _pair_length(made: artifact.Manifest | None, shards: Shards) -> int:
+    """Tokens of the pairs that a cross-encoder was trained on; of the longest that the shards have where none says."""
+    whole = shards.manifest.extra["query_length"] + shards.manifest.extra["max_length"] - 1
+    return made.extra.get("pair_length", whole) if made else whole
+
+
+def check_teacher(folder: str, shards: Shards, spread: Hardware) -> None:
+    """Refuse a teacher of other shards, and a budget of tokens that does not hold one of its pairs.
+
+    Raises:
+        InputError: its kind or tokenizer is another, or a pair of it may be longer than a micro-batch.
+    """
+    longest = _pair_length(shards.refuse_other_tokenizer(folder, KIND), shards)
+    refuse_budget(spread, longest, f"the teacher reads pairs of up to {longest} tokens")
 
 
 def check(config: RerankRecipe, shards: Shards, spread: Hardware) -> None:

@@ -49,7 +49,7 @@ def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | 
             if not Path(source.path).is_file():
                 raise InputError("no such file of negatives", source.path)
     if isinstance(config, FinetuneRecipe) and config.loss.teacher:
-        shards.refuse_other_tokenizer(config.loss.teacher, reranker.KIND)
+        rerank.check_teacher(config.loss.teacher, shards, spread)
     if isinstance(config, RerankRecipe):
         rerank.check(config, shards, spread)
     else:
