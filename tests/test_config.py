@@ -71,7 +71,7 @@ def test_the_weight_of_queries_may_be_given_and_may_be_zero():
     (c.RerankRecipe, {"data": "d", "output": "o", "model": c.ModelConfig(frequency_penalty=1.0)}, "lexicon encoders"),
     (c.RerankRecipe, {"data": "d", "output": "o", "model": c.ModelConfig(start_terms=9)}, "lexicon encoders"),
     (p.StageConfig, {"name": "s", "recipe": "r", "teacher": "someone"}, "teacher"),
-    (p.RerankerConfig, {"score_depth": 0}, "score_depth"),
+    (p.RerankerConfig, {"score_depth": -1}, "score_depth"),
     (c.ProbeConfig, {"queries": 0}, "queries"),
     (c.ProbeConfig, {"documents": 0}, "documents"),
     (c.LossConfig, {"lambda_docs": -0.1}, "lambda_docs"),

@@ -283,6 +283,36 @@ def test_a_reranker_scores_every_source(reranking):
         f"work/reranker/{name}.jsonl" for name in ("bm25", "one", "files/taught-file2")]
 
 
+def test_a_reranker_scores_batches_where_no_list_is_scored(reranking):
+    write(reranking / "kl.yaml", loss={"distillation": "kl"})
+    three = dataclasses.replace(THREE, recipe="kl.yaml")
+    steps = plan(reranking, pipeline(ONE, TWO, three, reranker=RerankerConfig(negatives="one", score_depth=0)))
+    assert not [name for name in steps if name.endswith("-scores")]
+    taught = settings(steps["three"])
+    assert taught["negatives.path"] == "work/two/negatives.jsonl" and taught["loss.teacher"] == "work/reranker/model"
+    assert Path("work/reranker/model") in steps["three"].inputs, "it is distilled again when the teacher changes"
+    assert "loss.teacher" not in settings(steps["two"])
+    write(reranking / "kl.yaml", loss={"distillation": "kl"}, negatives={"filter_margin": 1.0})
+    with pytest.raises(InputError, match="filters need a teacher's scores, and three has one that scores its batches"):
+        Plan(pipeline(ONE, TWO, three, reranker=RerankerConfig(negatives="one", score_depth=0)), reranking)
+
+
+@pytest.mark.parametrize(("passages", "negatives", "depth", "fits"), [
+    ("first", "two", 9, False), ("best", "two", 9, True), ("best", ("bm25", "two"), 9, False),
+    ("first", "two", 0, True)])
+def test_split_documents_are_distilled_from_scores_of_passages(reranking, passages, negatives, depth, fits):
+    several = {} if isinstance(negatives, str) else {"negatives": {"sources": [{"path": "-"}] * len(negatives)}}
+    write(reranking / "kl.yaml", loss={"distillation": "kl"}, passages=passages, **several)
+    three = dataclasses.replace(THREE, recipe="kl.yaml", negatives=negatives)
+    config = pipeline(ONE, TWO, three, backbone="b", prepare=PrepareConfig(split_documents=True),
+                      reranker=RerankerConfig(negatives="bm25", score_depth=depth))
+    if fits:
+        assert "three" in plan(reranking, config)
+    else:
+        with pytest.raises(InputError, match="kl.yaml: loss: where documents are split, .* reranker.score_depth 0"):
+            Plan(config, reranking)
+
+
 def test_a_reranker_on_negatives_of_bm25(reranking):
     (reranking / "n.jsonl").write_text("x")
     taught = [StageConfig("own", "stage.yaml", negatives="n.jsonl", teacher="reranker"),

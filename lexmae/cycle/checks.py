@@ -28,23 +28,30 @@ def refuse_machine(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, file:
 
 
 def refuse_sources(config: FinetuneRecipe | RerankRecipe, file: Path, name: str, user: StageConfig | RerankerConfig,
-                   ranked: Sequence[str], split_documents: bool) -> None:
+                   ranked: Sequence[str], split_documents: bool, on_the_fly: bool) -> None:
     """InputError for a recipe that has not as many sources, with their shares and ranks, as its stage names, or needs
-    a ranking of passages where there is none, or a teacher's scores that nothing makes.
+    a ranking of passages where there is none, or a teacher's scores that nothing makes or that are of documents.
 
     Args:
         name: of the stage.
         ranked: the sources that are rankings of the pipeline; others are files.
+        on_the_fly: the stage's teacher scores its batches and no list.
     """
     if config.passages == "best" and split_documents and set(user.sources) == {"bm25"}:
         raise InputError(f"passages: 'best' needs negatives of an earlier stage, and {name} has those of BM25, "
                          "which ranks whole documents", file)
-    taught = isinstance(user, StageConfig) and user.teacher is not None
+    teacher = "no teacher" if not on_the_fly else "one that scores its batches alone (score_depth: 0)"
+    taught = isinstance(user, StageConfig) and user.teacher is not None and not on_the_fly
     filtered = config.negatives.filter_margin is not None or config.negatives.filter_ratio is not None
-    distils = isinstance(config, FinetuneRecipe) and config.loss.distillation != "none" and not config.loss.teacher
+    distils = (isinstance(config, FinetuneRecipe) and config.loss.distillation != "none"
+               and not config.loss.teacher and not on_the_fly)
     if (filtered or distils) and not taught and set(user.sources) <= set(ranked):
         raise InputError(f"{'negatives: filters need' if filtered else 'loss: a distillation needs'} a teacher's "
-                         f"scores, and {name} has no teacher", file)
+                         f"scores, and {name} has {teacher}", file)
+    if distils and split_documents and ("bm25" in user.sources or config.passages != "best"):
+        raise InputError("loss: where documents are split, a file has scores of whole ones, and distillation needs "
+                         "those of passages: 'passages: best' with the negatives of a stage, or reranker.score_depth 0",
+                         file)
     found = len(config.negatives.sources)
     if not isinstance(user.negatives, str) and found != len(user.sources):
         raise InputError(f"negatives.sources: {len(user.sources)} are needed, one for each of "

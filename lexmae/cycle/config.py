@@ -85,7 +85,8 @@ class RerankerConfig:
         init: as of a stage.
         negatives: ``bm25`` or the name of a stage, behind which it is trained and whose run it reranks.
         mine_depth: depth of the list of negatives that is mined for it.
-        score_depth: how many negatives of each query are scored for a stage that it teaches.
+        score_depth: how many negatives of each query are scored for a stage that it teaches; with 0 none beforehand: it
+            scores the batches of that stage as they come.
         rerank_depth: how many documents of each query of the evaluation are reranked.
     """
 
@@ -97,8 +98,9 @@ class RerankerConfig:
     rerank_depth: int = 200
 
     def __post_init__(self):
-        for name in ("mine_depth", "score_depth", "rerank_depth"):
+        for name in ("mine_depth", "rerank_depth"):
             require(getattr(self, name) >= 1, f"{name}: at least 1 is needed")
+        require(self.score_depth >= 0, "score_depth: cannot be negative")
 
     @property
     def sources(self) -> tuple[str, ...]:

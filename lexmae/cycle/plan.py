@@ -220,8 +220,9 @@ class Plan:
                      negatives: list[Path]) -> Path:
         """Training on judgements and negatives."""
         file = self.folder / user.recipe
+        on_the_fly = isinstance(user, StageConfig) and self._scores_batches(user)
         checks.refuse_sources(recipe.load(file, kind, self._places(name)), file, name, user,
-                              ("bm25", *self._rankings), self.config.prepare.split_documents)
+                              ("bm25", *self._rankings), self.config.prepare.split_documents, on_the_fly)
         if isinstance(user.negatives, str):
             overrides = {"negatives.path": str(negatives[0])}
         else:
@@ -230,6 +231,8 @@ class Plan:
         init = self._init(user.init)
         if init:
             overrides["model.init"] = init
+        if on_the_fly:
+            overrides["loss.teacher"] = str(self.work / RERANKER / "model")
         return self._add_training(name, script, file, kind, overrides, negatives)
 
     def _add_reranker(self, source: str) -> None:
@@ -257,7 +260,7 @@ class Plan:
         """One source of a stage's negatives, with the scores of its teacher where it has one."""
         source = stage.sources[position]
         negatives = self._negatives(source, stage.name)
-        if stage.teacher is None:
+        if stage.teacher is None or self._scores_batches(stage):
             return negatives
         folder = self.work / stage.teacher
         if source not in ("bm25", *self._rankings):  # a file, whose scores no stage's name may claim
@@ -267,6 +270,10 @@ class Plan:
         return self._add_scoring(f"{source}-scores", self.work / RERANKER / "model", self._training,
                                  ["--negatives", str(negatives)], folder / f"{source}.jsonl",
                                  self.config.reranker.score_depth, [])
+
+    def _scores_batches(self, stage: StageConfig) -> bool:
+        """Whether the cross-encoder scores the stage's batches as they come."""
+        return stage.teacher == RERANKER and not self.config.reranker.score_depth
 
     def _add_products(self, source: str, negatives: Path, output: Path) -> Path:
         """A file of negatives with the scores of the bi-encoder."""
