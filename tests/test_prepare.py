@@ -87,7 +87,7 @@ def test_shards_describe_themselves(shards, tokenizer):
     assert extra["lengths"]["docs"]["max"] == 20 and extra["lengths"]["docs"]["truncated"] == 0.2
     assert extra["lengths"]["queries-dev"]["truncated"] == 1.0
     artifact.verify(shards.path)
-    with pytest.raises(InputError, match="no queries of the split 'test'; there are: dev, train"):
+    with pytest.raises(InputError, match="has no queries of the split 'test'; it has dev, train"):
         shards.queries("test")
     again = pickle.loads(pickle.dumps(shards))
     assert again.docs.rows(["77"]).tolist() == shards.docs.rows(["77"]).tolist() == [4]

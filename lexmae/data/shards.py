@@ -77,14 +77,14 @@ class Shards:
 
     def queries(self, split: str) -> TokenTable:
         """The queries of a split."""
-        self._known(split)
+        self.refuse_absent(split)
         if split not in self._queries:
             self._queries[split] = TokenTable(self.path, table_name(split), "query")
         return self._queries[split]
 
     def qrels(self, split: str) -> Qrels:
         """Judgements {query: {document: relevance}} of a split; empty when it has none."""
-        self._known(split)
+        self.refuse_absent(split)
         path = self.path / "qrels" / f"{split}.tsv"
         return read_qrels(path) if path.is_file() else {}
 
@@ -127,10 +127,11 @@ class Shards:
         for table in (self.docs, *map(self.queries, self.splits)):
             table.check_tokens(self.vocab_size)
 
-    def _known(self, split: str) -> None:
+    def refuse_absent(self, split: str, key: str = "") -> None:
+        """InputError where there are no queries of a split, which ``key`` of a recipe names."""
         if split not in self.splits:
-            names = ", ".join(self.splits) or "none"
-            raise InputError(f"no queries of the split {split!r}; there are: {names}", path=self.path)
+            raise InputError(f"has no queries of the split {split!r}{key and f', which {key} names'}; it has "
+                             f"{', '.join(self.splits) or 'none'}", path=self.path)
 
 
 def _check_split(split: object, manifest: artifact.Manifest) -> None:

@@ -68,8 +68,7 @@ class Work(Protocol):
 def open_shards(shards: str | Path, split: str) -> Shards:
     """Shards that have this split; InputError where they do not."""
     opened = Shards.open(shards)
-    if split not in opened.splits:
-        raise InputError(f"has no queries of the split '{split}'; it has {', '.join(opened.splits) or 'none'}", shards)
+    opened.refuse_absent(split)
     return opened
 
 

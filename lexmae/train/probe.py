@@ -57,9 +57,7 @@ def check(config: ProbeConfig, shards: Shards) -> None:
     Raises:
         InputError: the shards do not have the split, or it has no relevant document.
     """
-    if config.split not in shards.splits:
-        raise InputError(f"has no queries of the split '{config.split}', which probe.split names; it has "
-                         f"{', '.join(shards.splits) or 'none'}", shards.path)
+    shards.refuse_absent(config.split, "probe.split")
     if not any(relevance > 0 for judged in shards.qrels(config.split).values() for relevance in judged.values()):
         raise InputError(f"has no relevant document for any query of the split '{config.split}', which probe.split "
                          "names", shards.path)

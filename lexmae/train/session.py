@@ -42,9 +42,7 @@ def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | 
     hardware.refuse_precision(spread, torch.cuda.is_available(), path)
     shards = Shards.open(config.data)
     if isinstance(config, (FinetuneRecipe, RerankRecipe)):
-        if config.split not in shards.splits:
-            raise InputError(f"has no queries of the split '{config.split}'; it has {', '.join(shards.splits)}",
-                             config.data)
+        shards.refuse_absent(config.split)
         for source in config.negatives.lists:
             if not Path(source.path).is_file():
                 raise InputError("no such file of negatives", source.path)
