@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -41,6 +41,8 @@ class Draft:
         extra: further facts for the manifest (JSON values).
         known: checksums of files taken over unread from a finished artifact, by name.
         verified: of those that are hard links to files that were verified there, their states then.
+        scaffold: names of files that a command needs to go on when it is stopped before the artifact is complete; they
+            are removed at the very end, in this order.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Draft:
     extra: dict[str, Any] = field(default_factory=dict)
     known: dict[str, str] = field(default_factory=dict)
     verified: dict[str, remembered.State] = field(default_factory=dict)
+    scaffold: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ def seal(draft: Draft, path: str | Path, kind: str, *, inputs: Mapping[str, str 
     path = Path(path)
     names = {str(p.relative_to(draft.path)): p for p in sorted(draft.path.rglob("*"))
              if p.is_file() and p.name != MANIFEST}
+    names = {name: p for name, p in names.items() if name not in draft.scaffold}
     before = draft.verified | remembered.settled(draft.path, names.keys() - draft.known.keys())
     files = {name: draft.known.get(name) or checksum(p) for name, p in names.items()}
     record = {"lexmae": __version__, "format": FORMAT, "kind": kind, "inputs": _describe_inputs(inputs or {}),
@@ -153,6 +157,8 @@ def seal(draft: Draft, path: str | Path, kind: str, *, inputs: Mapping[str, str 
         out.write(signed(record))
     for file in [*files, MANIFEST]:
         fsync(draft.path / file)
+    for name in draft.scaffold:
+        (draft.path / name).unlink()
     replace_directory(draft.path, path)
     remembered.keep(path, files, before, linked=True)
     return read(path, kind)
@@ -332,6 +338,17 @@ def fingerprint(files: Mapping[str, str]) -> str:
     """What a manifest gives as fingerprint for these checksums by name."""
     lines = [f"{name} {digest}" for name, digest in sorted(files.items()) if name not in DOCUMENTATION]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def content_of(path: str | Path) -> str | None:
+    """What tells the content of a folder from another: its fingerprint if it is an artifact, or else one that is made
+    of its files, hidden ones left out. None where no such folder is there, such as for a hub name."""
+    path = Path(path)
+    if exists(path):
+        return read(path).fingerprint
+    names = {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()} if path.is_dir() else {}
+    seen = {name: file for name, file in names.items() if not any(part.startswith(".") for part in Path(name).parts)}
+    return fingerprint({name: checksum(file) for name, file in seen.items()}) if seen else None
 
 
 def checksum(path: str | Path) -> str:

@@ -90,6 +90,13 @@ def test_a_stopped_run_goes_on_with_what_is_missing(model_dir, shards_dir, tmp_p
     whole, found = (DenseVectors.open(tmp_path / name).matrix for name in ("whole", "v"))
     np.testing.assert_array_equal(found[16:], whole[16:])
     np.testing.assert_allclose(found[:16], whole[:16] + 1)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):  # at the very end
+        patch.setattr(artifact, "fsync", lambda path: (_ for _ in ()).throw(Stopped))
+        encode_dense.encode(model_dir, shards_dir, tmp_path / "w", DOCS, "cls")
+    with monkeypatch.context() as patch:
+        patch.setattr(DenseEncoder, "forward", lambda *arguments, **more: 1 / 0)
+        encode_dense.encode(model_dir, shards_dir, tmp_path / "w", DOCS, "cls")
+    assert artifact.read(tmp_path / "w").files == artifact.read(tmp_path / "whole").files
     encode_dense.encode(model_dir, shards_dir, tmp_path / "q", EncodeConfig("queries", "dev"), "bottleneck")
     assert DenseVectors.open(tmp_path / "q", "queries").extra["split"] == "dev"
 

@@ -276,6 +276,30 @@ def test_what_was_begun_otherwise_is_discarded(model_dir, shards_dir, tmp_path, 
     assert "was begun from other inputs" in capsys.readouterr().err
 
 
+def test_a_model_of_others_that_has_changed_is_another(shards_dir, model_dir, tmp_path, monkeypatch, capsys):
+    plain = tmp_path / "plain"
+    shutil.copytree(model_dir, plain)
+    (plain / artifact.MANIFEST).unlink()
+    stop_early(plain, shards_dir, tmp_path / "v", monkeypatch)
+    shutil.copy(other_model(tmp_path / "other", shards_dir) / "model.safetensors", plain)
+    encode.encode(plain, shards_dir, tmp_path / "v", DOCS)
+    encode.encode(tmp_path / "other", shards_dir, tmp_path / "fresh", DOCS)
+    assert content(tmp_path / "v") == content(tmp_path / "fresh")
+    assert "was begun from other inputs" in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_at_the_very_end_encodes_nothing_again(model_dir, shards_dir, tmp_path, monkeypatch,
+                                                                      whole):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(artifact, "fsync", lambda path: (_ for _ in ()).throw(Stopped))
+        encode.encode(model_dir, shards_dir, tmp_path / "v", DOCS)
+    monkeypatch.setattr(SparseEncoder, "forward", lambda *arguments, **more: 1 / 0)
+    encode.encode(model_dir, shards_dir, tmp_path / "v", DOCS)
+    assert artifact.read(tmp_path / "v").fingerprint == artifact.read(whole).fingerprint
+    artifact.verify(tmp_path / "v")
+    assert not (tmp_path / "v" / blocks.STATE).exists()
+
+
 def test_another_tokenizer_is_refused(shards_dir, tmp_path):
     model = write_model(tmp_path / "model", shards_dir, tokenizer_hash="0" * 64)
     with pytest.raises(InputError, match="trained with another tokenizer"):

@@ -135,6 +135,28 @@ def test_a_replacement_is_made_as_a_whole_or_not_at_all(work, names):
     assert len(engines.open_index(work / "i")) == 401
 
 
+def test_a_replacement_that_is_stopped_deletes_nothing(work, names, monkeypatch):
+    before = files_of(work / "i")
+    vectors([names[0]], 3).save(work / "new")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(segments, "write", lambda *arguments: 1 / 0)
+        updates.replace(work / "i", ids(work, names[:1]), work / "new")
+    assert files_of(work / "i") == before
+    updates.replace(work / "i", ids(work, names[:1]), work / "new")
+    assert list(artifact.read(work / "i").extra["history"][1]) == ["deleted", "added", "vectors"]
+
+
+def test_all_documents_may_be_replaced(work, names):
+    updates.replace(work / "i", ids(work, names[:400]), work / "second")
+    assert len(engines.open_index(work / "i")) == 200
+    updates.compact(work / "i")
+    engines.build(work / "second", "exact", work / "anew")
+    assert files_of(work / "i") == files_of(work / "anew")
+    vectors([], 3).save(work / "none")
+    with pytest.raises(InputError, match="names every document"):
+        updates.replace(work / "i", ids(work, names[400:]), work / "none")
+
+
 def test_without_hard_links_files_are_copied(work, monkeypatch, names):
     monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("not supported")))
     updates.delete(work / "i", ids(work, names[:5]))

@@ -28,7 +28,9 @@ from lexmae.ranks import Hosts, several_hosts
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Padded tokens of a batch: a CPU's activations stay in its cache, a GPU has much to do at once."""
-_STATE, _PARTS = "begun.json", "part-*"
+STATE = "begun.json"
+"""The file among the parts that says what they are made of."""
+_PARTS = "part-*"
 
 
 @contextlib.contextmanager
@@ -122,7 +124,7 @@ def open_partial(output: Path, state: Mapping[str, Any], hosts: Hosts) -> tuple[
     """
     partial = artifact.partial_path(output)
     if hosts.leads:
-        begun = partial / _STATE
+        begun = partial / STATE
         if partial.exists() and _read_state(begun) != state:
             say(f"{partial} was begun from other inputs: starting again")
             shutil.rmtree(partial)
@@ -157,11 +159,6 @@ def collect(hosts: Hosts, partial: Path, count: int) -> None:
         found = len(list(partial.glob(_PARTS)))
         if found != count:
             raise InputError(f"holds {found} parts of {count}; the same command again makes the others", partial)
-
-
-def finished(partial: Path) -> None:
-    """Leave nothing but the parts in the folder."""
-    (partial / _STATE).unlink()
 
 
 def with_batch_tokens(config: Any, device: torch.device) -> Any:

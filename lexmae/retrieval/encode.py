@@ -60,13 +60,13 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
     """
     output = Path(output)
     with together():
-        table, opened, made_with = open_inputs(model, shards, config)
+        table, opened, content = open_inputs(model, shards, config)
         blocks.refuse_existing(output, overwrite)
     with blocks.ranks() as (rank, world, device), blocks.writing(output, rank, overwrite):
         config = blocks.with_batch_tokens(config, device)
-        hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=made_with)
+        hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=content)
         name = blocks.precision(config.precision, device)
-        state = {"model": made_with or str(model), "shards": opened.manifest.fingerprint, "side": config.side,
+        state = {"model": content or str(model), "shards": opened.manifest.fingerprint, "side": config.side,
                  "split": config.split, "top_k": config.top_k, "threshold": config.threshold, "precision": name,
                  "block": BLOCK}
         partial, there = blocks.open_partial(output, state, hosts)
@@ -86,14 +86,14 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
 
 def open_inputs(model: str | Path, shards: str | Path, config: EncodeConfig,
                 representation: str = "lexicon") -> tuple[TokenTable, Shards, str | None]:
-    """The texts to encode, their shards, and the fingerprint of a model of ours; refuses what does not fit."""
+    """The texts to encode, their shards, and what tells the model's content; refuses what does not fit."""
     table, opened = _open_table(shards, config)
     made_with = opened.refuse_other_tokenizer(model, "model")
     if made_with is None:
         vocabularies.refuse_other_vocabulary(model, opened, config.side, representation)
     else:
         vocabularies.warn_of_other_length(made_with, opened, config.side)
-    return table, opened, made_with and made_with.fingerprint
+    return table, opened, artifact.content_of(model)
 
 
 def _open_table(shards: str | Path, config: EncodeConfig) -> tuple[TokenTable, Shards]:
@@ -195,8 +195,7 @@ def _reorder(pieces: list[vectors.Csr], order: np.ndarray) -> vectors.Csr:
 
 def _finish(output: Path, partial: Path, shards: Shards, model: str | Path, source: str | Path, state: dict) -> None:
     vectors.write_vocabulary(partial, shards.vocabulary())
-    draft = artifact.Draft(partial)
+    draft = artifact.Draft(partial, scaffold=[blocks.STATE])
     vectors.describe(draft, side=state["side"], split=state["split"], top_k=state["top_k"],
                      threshold=state["threshold"], **vocabularies.facts(shards, state["side"]))
-    blocks.finished(partial)
     artifact.seal(draft, output, vectors.KIND, inputs={"model": model, "shards": source}, config=state)

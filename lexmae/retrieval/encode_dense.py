@@ -39,13 +39,13 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         raise InputError("top-k and threshold are for lexicon vectors: dense ones have no terms to leave out")
     output = Path(output)
     with together():
-        table, opened, made_with = sparse.open_inputs(model, shards, config, representation)
+        table, opened, content = sparse.open_inputs(model, shards, config, representation)
         blocks.refuse_existing(output, overwrite)
     with blocks.ranks() as (rank, world, device), blocks.writing(output, rank, overwrite):
         config = blocks.with_batch_tokens(config, device)
-        hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=made_with)
+        hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=content)
         name = blocks.precision(config.precision, device)
-        state = {"model": made_with or str(model), "shards": opened.manifest.fingerprint, "side": config.side,
+        state = {"model": content or str(model), "shards": opened.manifest.fingerprint, "side": config.side,
                  "split": config.split, "representation": representation, "precision": name, "block": sparse.BLOCK}
         partial, there = blocks.open_partial(output, state, hosts)
         encoder = DenseEncoder.load(model, representation, side=config.side).to(device).eval()
@@ -100,10 +100,7 @@ def _finish(output: Path, partial: Path, shards: Shards, table: TokenTable, dime
         matrix.flush()
     unfinished.rename(partial / dense.MATRIX)
     dense.write_ids(partial / dense.IDS, table.ids())
-    for file in files:
-        file.unlink()
-    draft = artifact.Draft(partial)
+    draft = artifact.Draft(partial, scaffold=[*(file.name for file in files), blocks.STATE])
     dense.describe(draft, rows, dimensions, representation=state["representation"], side=state["side"],
                    split=state["split"], **vocabularies.facts(shards, state["side"]))
-    blocks.finished(partial)
     artifact.seal(draft, output, dense.KIND, inputs=inputs, config=state)

@@ -63,7 +63,7 @@ def score(model: str | Path, shards: str | Path, output: str | Path, config: Sco
         scorer = CrossEncoder.load(model).to(device).eval()
         max_length = _pair_length(scorer, made_with, opened, config, model)
         name = blocks.precision(config.precision, device)
-        state = {"model": made_with.fingerprint if made_with else str(model), "shards": opened.manifest.fingerprint,
+        state = {"model": artifact.content_of(model) or str(model), "shards": opened.manifest.fingerprint,
                  "source": artifact.checksum(source), "reranks": bool(run), "split": config.split,
                  "depth": config.depth, "max_length": max_length, "precision": name, "block": BLOCK}
         hosts = blocks.hosts(output, **state)

@@ -33,24 +33,33 @@ def add(index: str | Path, vectors: str | Path, threads: int | None = None) -> a
     Raises:
         InputError: an id is in the index already, or the vectors were encoded otherwise than its documents.
     """
+    index = Path(index)
     with locks.writing(index):
-        return _add(Path(index), _new_documents(Path(index), vectors), vectors, threads)
+        new, manifest = _new_documents(index, vectors), _read(index)
+        with _revision(manifest, lambda name: True, inputs={"vectors": vectors}, change=_added(new)) as draft:
+            _write_segment(draft, index, new, threads)
+        return artifact.read(index, KIND)
 
 
 def replace(index: str | Path, ids: str | Path, vectors: str | Path, threads: int | None = None) -> artifact.Manifest:
-    """Delete the documents of ``ids``, then add those of ``vectors``; nothing changes where either is refused.
+    """Delete the documents of ``ids`` and add those of ``vectors`` in one change: both are done, or neither.
 
     Raises:
         InputError: as ``delete`` and ``add``.
     """
+    index = Path(index)
     with locks.writing(index):
-        new = _new_documents(Path(index), vectors, [name for _, name in read_lines(ids)])
-        _delete(Path(index), ids)
-        return _add(Path(index), new, vectors, threads)
+        new, manifest = _new_documents(index, vectors, [name for _, name in read_lines(ids)]), _read(index)
+        gone = _Deletion(index, ids, replaced=len(new) > 0)
+        with _revision(manifest, gone.keeps, inputs={"ids": ids, "vectors": vectors},
+                       change={"deleted": gone.count, **_added(new)}) as draft:
+            gone.mark(draft)
+            _write_segment(draft, index, new, threads)
+        return artifact.read(index, KIND)
 
 
 def _new_documents(index: Path, vectors: str | Path, gone: Sequence[str] = ()) -> StoredVectors:
-    """Vectors that may be added to an index when the documents ``gone`` have left it."""
+    """Vectors that may be added to an index when the documents ``gone`` have left it, pruned as those are."""
     manifest, new = _read(index), StoredVectors.open(vectors, side="docs")
     _check_same_encoder(manifest, new, vectors)
     known = pc.is_in(new.id_array, value_set=segments.number_documents(segments.open_segments(index))[0])
@@ -58,20 +67,18 @@ def _new_documents(index: Path, vectors: str | Path, gone: Sequence[str] = ()) -
     if pc.any(known).as_py():
         name = new.id_array[pc.index(known, True).as_py()]
         raise InputError(f"the document '{name}' is in {index} already; delete it first to replace it", vectors)
-    return new
+    return new if manifest.config.get("top_k") is None else new.pruned(manifest.fact("top_k", int, "config"))
 
 
-def _add(index: Path, new: StoredVectors, vectors: str | Path, threads: int | None) -> artifact.Manifest:
-    manifest = _read(index)
-    if manifest.config.get("top_k") is not None:
-        new = new.pruned(manifest.fact("top_k", int, "config"))
-    with _revision(manifest, lambda name: True, inputs={"vectors": vectors},
-                   change={"added": len(new), "vectors": new.fingerprint}) as draft:
-        folders = sorted(index.glob("segment-*"))
-        number = int(folders[-1].name.split("-")[1]) + 1
-        segments.write(new, draft.path / segments.segment_name(number), threads)
-        _count(draft, len(new), new.n_postings)
-    return artifact.read(index, KIND)
+def _added(new: StoredVectors) -> dict[str, object]:
+    return {"added": len(new), "vectors": new.fingerprint}
+
+
+def _write_segment(draft: artifact.Draft, index: Path, new: StoredVectors, threads: int | None) -> None:
+    """The new documents behind the segments of the index."""
+    number = int(sorted(index.glob("segment-*"))[-1].name.split("-")[1]) + 1
+    segments.write(new, draft.path / segments.segment_name(number), threads)
+    _count(draft, len(new), new.n_postings)
 
 
 def delete(index: str | Path, ids: str | Path) -> artifact.Manifest:
@@ -80,33 +87,54 @@ def delete(index: str | Path, ids: str | Path) -> artifact.Manifest:
     Raises:
         InputError: an id is not in the index, or no document would be left.
     """
+    index = Path(index)
     with locks.writing(index):
-        return _delete(Path(index), ids)
+        manifest, gone = _read(index), _Deletion(index, ids)
+        with _revision(manifest, gone.keeps, inputs={"ids": ids}, change={"deleted": gone.count}) as draft:
+            gone.mark(draft)
+        return artifact.read(index, KIND)
 
 
-def _delete(index: Path, ids: str | Path) -> artifact.Manifest:
-    manifest, old = _read(index), segments.open_segments(index)
-    asked = dict.fromkeys(name for _, name in read_lines(ids))
-    everything, numbers = segments.number_documents(old)
-    place = pc.index_in(pa.array(list(asked), pa.large_string()), value_set=everything)
-    if place.null_count:
-        missing = list(asked)[pc.index(pc.is_null(place), True).as_py()]
-        line = next(number for number, name in read_lines(ids) if name == missing)
-        raise InputError(f"the document '{missing}' is not in {index}", ids, line)
-    if len(asked) == len(everything):
-        raise InputError("names every document: an index without any cannot be searched", ids)
-    gone = np.zeros(len(everything), bool)
-    gone[place.to_numpy(zero_copy_only=False).astype(np.int64)] = True
-    hit = [(numbers_of >= 0) & gone[numbers_of] for numbers_of in numbers]
-    folders = [folder.name for folder in sorted(index.glob("segment-*"))]
-    replaced = {f"{name}/{segments.DELETED}" for name, chosen in zip(folders, hit, strict=True) if chosen.any()}
-    with _revision(manifest, lambda name: name not in replaced, inputs={"ids": ids},
-                   change={"deleted": len(asked)}) as draft:
-        for name, segment, chosen in zip(folders, old, hit, strict=True):
+class _Deletion:
+    """Documents that are to leave an index.
+
+    Args:
+        ids: file of their ids, one a line.
+        replaced: others come in the same change, so that all may go.
+
+    Raises:
+        InputError: as ``delete``.
+    """
+
+    def __init__(self, index: Path, ids: str | Path, replaced: bool = False):
+        self.segments = segments.open_segments(index)
+        asked = dict.fromkeys(name for _, name in read_lines(ids))
+        everything, numbers = segments.number_documents(self.segments)
+        place = pc.index_in(pa.array(list(asked), pa.large_string()), value_set=everything)
+        if place.null_count:
+            missing = list(asked)[pc.index(pc.is_null(place), True).as_py()]
+            line = next(number for number, name in read_lines(ids) if name == missing)
+            raise InputError(f"the document '{missing}' is not in {index}", ids, line)
+        if len(asked) == len(everything) and not replaced:
+            raise InputError("names every document: an index without any cannot be searched", ids)
+        gone = np.zeros(len(everything), bool)
+        gone[place.to_numpy(zero_copy_only=False).astype(np.int64)] = True
+        self.count = len(asked)
+        self.chosen = [(numbers_of >= 0) & gone[numbers_of] for numbers_of in numbers]
+        self.folders = [folder.name for folder in sorted(index.glob("segment-*"))]
+
+    def keeps(self, name: str) -> bool:
+        """Whether a file of the index stays as it is."""
+        return not any(name == f"{folder}/{segments.DELETED}" and chosen.any()
+                       for folder, chosen in zip(self.folders, self.chosen, strict=True))
+
+    def mark(self, draft: artifact.Draft) -> None:
+        """Note in the new version what is deleted."""
+        for folder, segment, chosen in zip(self.folders, self.segments, self.chosen, strict=True):
             if chosen.any():
-                np.save(draft.path / name / segments.DELETED, np.flatnonzero(~segment.live | chosen).astype(np.int32))
+                np.save(draft.path / folder / segments.DELETED,
+                        np.flatnonzero(~segment.live | chosen).astype(np.int32))
                 _count(draft, -int(chosen.sum()), -_postings_of(segment, chosen))
-    return artifact.read(index, KIND)
 
 
 def compact(index: str | Path, threads: int | None = None) -> artifact.Manifest:
