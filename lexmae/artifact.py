@@ -10,18 +10,16 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lexmae import __version__, locks, remembered
 from lexmae.errors import InputError
-from lexmae.renaming import fsync, replace_directory
+from lexmae.renaming import atomic_file, fsync, replace_directory
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -252,28 +250,6 @@ def inside(folder: str | Path, name: str) -> Path:
     return Path(folder) / name
 
 
-@contextlib.contextmanager
-def atomic_file(path: str | Path, mode: str = "w", **open_kwargs: Any) -> Iterator[IO]:
-    """Open a temporary file beside ``path`` for writing; it takes that name when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if "b" not in mode:
-        open_kwargs.setdefault("encoding", "utf-8")
-        open_kwargs.setdefault("newline", "\n")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, mode, **open_kwargs) as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that influence results, without importing them."""
     found = {"python": platform.python_version()}
@@ -358,9 +334,3 @@ def checksum(path: str | Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from runpy import run_path
 
@@ -172,6 +173,23 @@ def test_stopped_between_two_files_it_is_noticed_and_repaired(model, monkeypatch
     assert not list(model.glob(".*"))
 
 
+def test_evaluations_at_the_same_time_do_not_lose_each_other(model, monkeypatch):
+    """One begins when the other has read what is there: it is refused, and nothing is replaced unseen."""
+    block, refused = card._block, []
+
+    def other_begins(rows):
+        with pytest.raises(InputError, match="is being written") as error, ThreadPoolExecutor(1) as pool:
+            pool.submit(card.add_evaluation, model, Evaluation("other", "dev", 5, {"MRR@10": 0.4})).result()
+        refused.append(error)
+        return block(rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(card, "_block", other_begins)
+        card.add_evaluation(model, Evaluation("squad", "dev", 5, {"MRR@10": 0.5}))
+    assert refused
+    artifact.verify(model)
+
+
 def test_content_is_not_documentation(model):
     with pytest.raises(ValueError, match="config.json is content"):
         artifact.annotate(model, {}, {"config.json": "{}"})
@@ -182,11 +200,17 @@ def test_content_is_not_documentation(model):
     ("squad/qrels/dev.tsv", ("squad", "dev")), ("squad/qrels/dev.tsv.gz", ("squad", "dev")),
     ("msmarco/qrels.dev.small.tsv", ("msmarco", "dev.small")), ("trec/covid.txt", ("trec", "covid"))])
 def test_a_data_set_is_known_by_its_place(tmp_path, path, expected):
-    assert card.data_set(tmp_path / path) == expected
+    assert card.data_set(tmp_path / path, "test") == expected
+
+
+def test_a_folder_is_a_data_set_of_the_split_that_is_read(tmp_path, shards_dir):
+    (tmp_path / "nfcorpus").mkdir()
+    assert card.data_set(tmp_path / "nfcorpus", "dev") == ("nfcorpus", "dev")
+    assert card.data_set(shards_dir, "train") == ("beir", "train")
 
 
 def test_shards_name_their_collection(shards_dir):
-    assert card.data_set(shards_dir / "qrels" / "dev.tsv") == ("beir", "dev")
+    assert card.data_set(shards_dir / "qrels" / "dev.tsv", "test") == ("beir", "dev")
 
 
 def evaluate(*arguments: str) -> int:

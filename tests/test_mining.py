@@ -134,6 +134,37 @@ def test_a_run_of_passages_is_not_mined_as_one_of_documents(tmp_path):
     assert [row.negatives for row in read_negatives(tmp_path / "n")] == [["D8#0"]]
 
 
+def test_bm25_mines_the_passages_of_shards(long_shards, tmp_path):
+    shards, negatives = str(long_shards.path), tmp_path / "n"
+    arguments = ["--bm25", shards, "--split", "train", "--qrels", f"{shards}/qrels/train.tsv", "--output",
+                 str(negatives), "--run-output", str(tmp_path / "r.trec"), "--threads", "1"]
+    with pytest.raises(InputError, match="holds split documents, .* --passages is needed"):
+        command("mine")(arguments)
+    command("mine")([*arguments, "--passages"])
+    rows = {row.qid: row for row in read_negatives(negatives)}
+    assert all(len(long_shards.docs.rows(row.negatives)) for row in rows.values())
+    assert rows and not any(name.startswith("D4#") for name in rows["t1"].negatives), "t1's positive is D4"
+    command("mine")([*arguments[:4], "--run-output", str(tmp_path / "s.trec")])
+    assert (tmp_path / "s.trec").read_bytes() == (tmp_path / "r.trec").read_bytes()
+
+
+def test_a_querys_own_document_is_left_out_with_all_its_passages(tmp_path):
+    write_run(tmp_path / "r", {"D1": [("D1#0", 3), ("D4#2", 2), ("D1#1", 1), ("D2#0", 0.5)]})
+    write_qrels(tmp_path / "q.tsv", {"D1": {"D2": 1}})
+    command("mine")(["--run", str(tmp_path / "r"), "--qrels", str(tmp_path / "q.tsv"), "--output",
+                     str(tmp_path / "n"), "--passages", "--exclude-self"])
+    assert [row.negatives for row in read_negatives(tmp_path / "n")] == [["D4#2"]]
+
+
+def test_a_file_without_negatives_is_not_written(tmp_path):
+    write_run(tmp_path / "r", {"q": [("a", 3)]})
+    write_qrels(tmp_path / "q.tsv", {"q": {"a": 1}})
+    with pytest.raises(InputError, match="r: no judged query has a document that is not judged relevant"):
+        command("mine")(["--run", str(tmp_path / "r"), "--qrels", str(tmp_path / "q.tsv"), "--output",
+                         str(tmp_path / "n")])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["q.tsv", "r"]
+
+
 def test_mining_needs_no_torch():
     import subprocess
 

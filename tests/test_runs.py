@@ -79,6 +79,14 @@ def test_cut_and_without_self():
     assert dict(run.cut(2)) == {"a": [("a", 3), ("b", 2)], "x": [("a", 3), ("b", 2)]}
     assert dict(run.without_self()) == {"a": [("b", 2), ("c", 1)], "x": [("a", 3), ("b", 2), ("c", 1)]}
     assert len(run["a"]) == 3
+    split = Run.from_pairs({"a": [("a#1", 3), ("b#0", 2), ("a#0", 1)]})
+    assert split.without_self().documents("a") == ["a#1", "b#0", "a#0"]
+    assert split.without_self(passages=True).documents("a") == ["b#0"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_query(tmp_path):
+    (tmp_path / "r").write_bytes(b"\xef\xbb\xbfq Q0 d1 1 2.5 t\nq Q0 d2 2 1.5 t\n")
+    assert dict(read_run(tmp_path / "r")) == {"q": [("d1", 2.5), ("d2", 1.5)]}
 
 
 @pytest.mark.parametrize("tag", ["", "my run", "a\tb"])

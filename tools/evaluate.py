@@ -60,7 +60,7 @@ def _runs(asked: argparse.Namespace, settings: evaluation.Settings) -> dict:
     else:
         print("\n" + reports.table([name, f"{value:.4f}"] for name, value in results[0].means.items()))
     if asked.card:
-        name, split = card.data_set(asked.qrels)
+        name, split = card.data_set(asked.qrels, settings.split)
         figure = card.Evaluation(asked.data_set or name, split, results[0].n_judged, results[0].means)
         card.add_evaluation(asked.card, figure)
         cli.say(f"{asked.card}: figures added to {card.NAME}")

@@ -12,9 +12,11 @@ the baseline's run.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 from lexmae import cli, verification
 from lexmae.data.corpus import read_qrels, write_negatives
+from lexmae.data.negatives import Row
 from lexmae.errors import InputError
 from lexmae.retrieval import engines, mining, reports
 from lexmae.retrieval.bm25 import TOKENS
@@ -27,12 +29,12 @@ def main(argv: list[str] | None = None) -> None:
     qrels = read_qrels(options.qrels) if options.output else {}
     run = _rank(options, qrels) if options.bm25 else read_run(options.run)
     if options.exclude_self:
-        run = run.without_self()
-    if options.output:
-        _mine(options, run, qrels)
+        run = run.without_self(options.passages)
     if options.run_output:
         write_run(options.run_output, run, tag="bm25")
         cli.say(f"{options.run_output}: {len(run):,} queries, {run.n_entries / max(len(run), 1):.1f} documents each")
+    if options.output:
+        _mine(options, run, qrels)
 
 
 def _mine(options: argparse.Namespace, run: Run, qrels: dict) -> None:
@@ -41,10 +43,16 @@ def _mine(options: argparse.Namespace, run: Run, qrels: dict) -> None:
     if not options.passages:
         mining.refuse_passages(run, qrels, options.run or options.bm25)
     counts = mining.Statistics()
-    write_negatives(options.output, mining.mine_run(run, qrels, options.depth, counts, options.passages))
+    write_negatives(options.output, _rows(options, run, qrels, counts))
     cli.say(f"{options.output}: {counts.queries:,} queries, {counts.mean_negatives:.1f} negatives each; "
             f"{counts.dropped_positives:,} positives dropped; {counts.without_negatives:,} judged queries without "
             f"negatives; {counts.unjudged:,} queries of the run without positives")
+
+
+def _rows(options: argparse.Namespace, run: Run, qrels: dict, counts: mining.Statistics) -> Iterator[Row]:
+    yield from mining.mine_run(run, qrels, options.depth, counts, options.passages)
+    if not counts.queries:
+        raise InputError("no judged query has a document that is not judged relevant", options.run or options.bm25)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -80,8 +88,11 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--bm25 needs --split, such as train")
     if not options.bm25 and (options.run_output or options.json):
         raise InputError("--run-output and --json go with --bm25")
-    if options.bm25 and options.passages:
-        raise InputError("--passages goes with --run: BM25 ranks whole documents")
+    if options.bm25 and options.passages and not mining.ranks_passages(options.bm25):
+        raise InputError("--passages goes with --run, or with shards of split documents: BM25 ranks whole documents of "
+                         "a collection")
+    if options.bm25 and options.output and not options.passages and mining.ranks_passages(options.bm25):
+        raise InputError("holds split documents, whose passages BM25 ranks: --passages is needed", options.bm25)
     if not (options.output or options.run_output):
         raise InputError("nothing to write: give --output, or --run-output with --bm25")
     if options.output and not options.qrels:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from lexmae import artifact
+from lexmae import artifact, locks
 from lexmae.errors import InputError
 
 NAME = "README.md"
@@ -131,23 +131,27 @@ def add_evaluation(model: str | Path, evaluation: Evaluation) -> None:
     Raises:
         InputError: not a model that training wrote.
     """
-    manifest = artifact.read(model, "model")
-    file = manifest.path / NAME
+    artifact.read(model, "model")
     row = {"data": evaluation.data, "split": evaluation.split, "queries": evaluation.queries,
            "means": dict(evaluation.means)}
-    others = [old for old in manifest.extra.get("evaluations", []) if (old["data"], old["split"]) != (
-        row["data"], row["split"])]
-    rows = sorted([*others, row], key=lambda one: (one["data"], one["split"]))
-    text = file.read_text(encoding="utf-8") if file.is_file() else f"# {plain(manifest.path.resolve().parent.name)}\n"
-    artifact.annotate(model, {"evaluations": rows}, {NAME: _replace(text, _block(rows))})
+    with locks.writing(model):  # another evaluation may be writing too
+        manifest = artifact.read(model, "model")
+        file = manifest.path / NAME
+        others = [old for old in manifest.extra.get("evaluations", []) if (old["data"], old["split"]) != (
+            row["data"], row["split"])]
+        rows = sorted([*others, row], key=lambda one: (one["data"], one["split"]))
+        title = f"# {plain(manifest.path.resolve().parent.name)}\n"
+        text = file.read_text(encoding="utf-8") if file.is_file() else title
+        artifact.annotate(model, {"evaluations": rows}, {NAME: _replace(text, _block(rows))})
 
 
-def data_set(qrels: str | Path) -> tuple[str, str]:
-    """(data set, split) that a file of judgements belongs to, by its place: `…/NAME/qrels/SPLIT.tsv` or
-    `…/NAME/qrels.SPLIT.tsv`; in a folder of shards NAME is that of the collection."""
-    path = Path(qrels).resolve()
-    split = re.sub(r"(\.(gz|tsv|txt|trec))+$", "", path.name).removeprefix("qrels.")
-    folder = path.parent.parent if path.parent.name == "qrels" else path.parent
+def data_set(qrels: str | Path, split: str) -> tuple[str, str]:
+    """(data set, split) that judgements belong to, by their place: a folder NAME of which this split is read, or a file
+    `…/NAME/qrels/SPLIT.tsv` or `…/NAME/qrels.SPLIT.tsv`; in a folder of shards NAME is that of the collection."""
+    path = folder = Path(qrels).resolve()
+    if not path.is_dir():
+        split = re.sub(r"(\.(gz|tsv|txt|trec))+$", "", path.name).removeprefix("qrels.")
+        folder = path.parent.parent if path.parent.name == "qrels" else path.parent
     if artifact.exists(folder):
         source = artifact.read(folder).inputs.get("corpus", {}).get("path")
         if source:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lexmae import artifact
 from lexmae.data.corpus import Corpus, read_qrels
 from lexmae.errors import InputError
 from lexmae.retrieval import metrics, reports
@@ -42,6 +43,9 @@ def open_qrels(path: str | Path, split: str) -> Qrels:
     kept = path / "qrels" / f"{split}.tsv"
     if kept.is_file():
         return read_qrels(kept)
+    if artifact.exists(path):
+        names = ", ".join(sorted(file.stem for file in kept.parent.glob("*.tsv"))) or "none"
+        raise InputError(f"has no judgements of the split '{split}'; it has {names}", path)
     found = Corpus.open(path).qrels(split)
     if found is None:
         raise InputError(f"has no judgements of the split '{split}'", path)

@@ -121,6 +121,15 @@ class Bm25Run:
                 "queries_per_second": round(len(self.run) / max(self.run.seconds or 0, 1e-9), 1)}
 
 
+def ranks_passages(source: str | Path) -> bool:
+    """Whether BM25 ranks passages: the source is shards whose documents are split, and not the text itself."""
+    return _is_shards(source) and Shards.open(source).split_documents
+
+
+def _is_shards(source: str | Path) -> bool:
+    return artifact.exists(source) and artifact.read(source).kind == "shards"
+
+
 def bm25_run(source: str | Path, split: str, hits: int, threads: int = 1, tokens: str = "auto") -> Bm25Run:
     """Rank the documents of a collection, or of shards, for the queries of one of their splits.
 
@@ -129,7 +138,7 @@ def bm25_run(source: str | Path, split: str, hits: int, threads: int = 1, tokens
             terms, without stems and stop words, which ranks clearly worse.
         tokens: ``standard``, ``names`` or ``auto`` (see ``bm25``); without effect on shards.
     """
-    if artifact.exists(source) and artifact.read(source).kind == "shards":
+    if _is_shards(source):
         say(f"{source}: shards hold no text, so BM25 takes token ids as terms; the text itself ranks clearly better")
         shards = Shards.open(source)
         special = shards.special.structural

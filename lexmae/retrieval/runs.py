@@ -7,6 +7,7 @@ Order everywhere: score, highest first; equal scores by document id, in the orde
 
 from __future__ import annotations
 
+import codecs
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
@@ -16,6 +17,7 @@ import numpy as np
 
 from lexmae import artifact
 from lexmae.data.lines import ID_FORBIDDEN, bounded, open_bytes
+from lexmae.data.passages import document_of
 from lexmae.errors import InputError
 
 DEFAULT_TAG = "lexmae"
@@ -111,11 +113,13 @@ class Run(Mapping[str, list[tuple[str, float]]]):
         """The first ``depth`` documents of every query, sharing the arrays."""
         return self._with({query: (rows[:depth], scores[:depth]) for query, (rows, scores) in self._rankings.items()})
 
-    def without_self(self) -> Run:
-        """The same rankings without the document that bears the query's own id."""
+    def without_self(self, passages: bool = False) -> Run:
+        """The same rankings without the document that bears the query's own id, or where they are of ``passages``
+        without any of it."""
         rankings = {}
         for query, (rows, scores) in self._rankings.items():
-            keep = np.array([self._documents[i] != query for i in rows.tolist()], dtype=bool)
+            names = (self._documents[i] for i in rows.tolist())
+            keep = np.array([(document_of(name) if passages else name) != query for name in names], dtype=bool)
             rankings[query] = (rows, scores) if keep.all() else (rows[keep], scores[keep])
         return self._with(rankings)
 
@@ -150,6 +154,7 @@ def read_run(path: str | Path) -> Run:
     found: dict[bytes, tuple[array, array]] = {}
     with open_bytes(path) as file:
         for line, raw in enumerate(bounded(file, path), 1):
+            raw = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
             try:
                 query, _, document, _, score, _ = raw.split()
                 value = float(score)
