@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_a_model_without_a_card_gets_one(shards_dir, tmp_path):
 
 
 def test_stopped_between_two_files_it_is_noticed_and_repaired(model, monkeypatch):
-    replace, calls = artifact.os.replace, []
+    replace, calls = os.replace, []
 
     def stop(source, target):
         calls.append(target)
@@ -164,7 +165,7 @@ def test_stopped_between_two_files_it_is_noticed_and_repaired(model, monkeypatch
         replace(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(artifact.os, "replace", stop)
+        patch.setattr(os, "replace", stop)
         card.add_evaluation(model, Evaluation("squad", "dev", 5, {"MRR@10": 0.5}))
     with pytest.raises(InputError, match="README.md: does not have the checksum"):
         artifact.verify(model)

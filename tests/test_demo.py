@@ -27,6 +27,7 @@ from lexmae.demo.explain import Segment
 from lexmae.demo.service import Service
 from lexmae.demo.texts import TextStore
 from lexmae.errors import InputError
+from lexmae.retrieval import engines, updates
 from lexmae.retrieval.vectors import SparseVectors
 
 pytest.importorskip("flask", reason="the demo's package flask is absent")
@@ -191,7 +192,8 @@ def test_the_api_answers_json(client, service):
     assert first["id"] == expected.id and first["score"] == pytest.approx(expected.score)
     assert set(first["matches"][0]) == {"name", "query", "document", "product", "in_text", "share"}
     for asked, reason in (("", "the parameter q is missing or empty"), ("q=a&hits=0", "from 1 to"),
-                          ("q=a&hits=²", "from 1 to"), ("q=" + "a" * 2001, "at most 2000")):
+                          ("q=a&hits=²", "from 1 to"), ("q=a&hits=00000000199999999", "from 1 to"),
+                          ("q=a&hits=" + "9" * 6000, "from 1 to"), ("q=" + "a" * 2001, "at most 2000")):
         got = client.get("/api/search?" + asked)
         assert got.status_code == 400 and reason in got.get_json()["error"]
     assert client.get("/api/nothing").get_json()["error"] and client.get("/api/nothing").status_code == 404
@@ -253,6 +255,27 @@ def test_what_does_not_belong_together_is_refused(folders, tmp_path):
     (tmp_path / "bare" / "modules.json").unlink()
     with pytest.raises(InputError, match="has no tokenizer"):
         Service(tmp_path / "bare", *folders[1:])
+
+
+def test_an_index_that_was_changed_is_refused_though_it_has_as_many_documents(folders, tmp_path):
+    vectors = SparseVectors.open(folders.vectors)
+    engines.build(folders.vectors, "exact", tmp_path / "i")
+    (tmp_path / "gone").write_text(vectors.ids[0])
+    rows = vectors.pruned(2)
+    SparseVectors(rows.ids[:1], rows.indptr[:2], rows.indices[:rows.indptr[1]], rows.weights[:rows.indptr[1]],
+                  rows.vocabulary, rows.extra).save(tmp_path / "new")
+    updates.replace(tmp_path / "i", tmp_path / "gone", tmp_path / "new")
+    updates.compact(tmp_path / "i")
+    with pytest.raises(InputError, match="is not what .*i was made of"):
+        Service(folders.model, tmp_path / "i", folders.vectors, folders.corpus)
+
+
+def test_a_pruned_index_is_explained_by_what_it_holds(folders, tmp_path):
+    engines.build(folders.vectors, "exact", tmp_path / "i", top_k=3)
+    pruned = Service(folders.model, tmp_path / "i", folders.vectors, folders.corpus)
+    for result in pruned.search("silver bridges", hits=5).results:
+        assert sum(match.product for match in result.matches) == pytest.approx(result.score)
+    pruned.close()
 
 
 def test_loopback_names():

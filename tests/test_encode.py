@@ -313,6 +313,7 @@ def test_a_plain_model_folder_is_taken_as_it_is(model_dir, shards_dir, tmp_path,
     (plain / artifact.MANIFEST).unlink()
     encode.encode(plain, shards_dir, tmp_path / "v", DOCS)
     assert artifact.read(tmp_path / "v").fingerprint == artifact.read(whole).fingerprint
+    assert artifact.read(tmp_path / "v").extra["model"] == artifact.read(model_dir).fingerprint
 
 
 def test_refusals_before_the_first_text(model_dir, shards_dir, tmp_path, whole):

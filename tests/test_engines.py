@@ -386,8 +386,9 @@ def test_dense_and_sparse_are_told_apart(tmp_path):
         index.search(dense_vectors(2, 2, "q", h=4))
     with pytest.raises(InputError, match="representation cls, the queries with bottleneck"):
         index.search(dense_vectors(2, 2, "q", tokenizer_hash="x", representation="bottleneck"))
-    with pytest.raises(InputError, match="effort must be above 0"):
-        index.set_effort(0)
+    for effort in (0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="effort must be a number above 0"):
+            index.set_effort(effort)
     with pytest.raises(InputError, match="exact is exact"):
         engines.build(tmp_path / "sparse", "exact", tmp_path / "e").set_effort(2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "e", "i", "sparse"]

@@ -80,8 +80,11 @@ def test_agrees_with_plain_python(method):
 
 def test_refusals():
     for arguments, reason in [({"method": "max"}, "unknown way to fuse 'max': known are rrf"),
-                              ({"weights": [1.0]}, "1 weights for 2 runs"), ({"hits": 0}, "at least 1 hit")]:
+                              ({"weights": [1.0]}, "1 weights for 2 runs"), ({"hits": 0}, "at least 1 hit"),
+                              ({"weights": [1.0, float("nan")]}, "weights must be finite")]:
         with pytest.raises(InputError, match=reason):
             fuse(runs(ONE, TWO), **arguments)
     with pytest.raises(InputError, match="two or more"):
         fuse(runs(ONE))
+    with pytest.raises(InputError, match="query 'q': its scores are too large to be normalised by min-max"):
+        fuse(runs({"q": [("a", 1e308), ("b", -1e308)]}, {"q": [("a", 1.0)]}), "min-max")

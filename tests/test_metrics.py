@@ -92,6 +92,11 @@ def test_equal_scores_are_ranked_by_ascending_docid():
     assert result.means["MRR@10"] == 1.0
 
 
+def test_no_relevance_level_below_one():
+    with pytest.raises(InputError, match="relevance level must be at least 1, not 0"):
+        evaluate({"q": [("a", 1.0)]}, {"q": {"a": 1}}, ["MRR@10"], relevance_level=0)
+
+
 def test_relevance_level():
     run, qrels = {"q": [("a", 2), ("b", 1)]}, {"q": {"a": 1, "b": 2}}
     assert evaluate(run, qrels, ["MRR@10"]).means["MRR@10"] == 1.0

@@ -80,6 +80,8 @@ def test_index_is_changed_in_place(work, capsys):
 def test_search_on_a_device_that_is_not_there(work):
     with pytest.raises(InputError, match="abacus"):
         command("search", "--index", work / "i", "--queries", work / "q", "--output", work / "r", "--device", "abacus")
+    with pytest.raises(InputError, match="cannot search on the device 'meta'"):
+        command("search", "--index", work / "i", "--queries", work / "q", "--output", work / "r", "--device", "meta")
 
 
 def test_search_with_documents_as_queries_is_refused(work):
@@ -126,7 +128,7 @@ def test_errors_are_one_line_and_exit_code_2(work):
     assert done.stderr == f"error: {work / 'bad'}:1: the score 'high' is not a finite number\n"
 
 
-@pytest.mark.parametrize("name", ["index", "search", "evaluate", "export", "mine"])
+@pytest.mark.parametrize("name", ["search", "evaluate", "export", "mine"])
 def test_help_shows_defaults(name, capsys):
     with pytest.raises(SystemExit) as stop:
         command(name, "--help")
@@ -160,9 +162,18 @@ def test_dense_vectors_from_encoding_to_a_hybrid_run(model_dir, shards_dir, beir
 
 def test_search_options_that_contradict_each_other(work):
     for arguments, reason in [(["--fuse", "a", "b", "--index", "i"], "takes the place of"), ([], "or --fuse with runs"),
-                              (["--index", "i", "--queries", "q", "--weights", 1], "--weights goes with --fuse"),
+                              (["--index", "i", "--queries", "q", "--weights", 1], "--weights go with --fuse"),
+                              (["--index", "i", "--queries", "q", "--rrf-k", 9], "--rrf-k and --weights go with"),
+                              (["--fuse", "a", "b", "--max-passage"], "--effort and --top-k go with --index"),
+                              (["--fuse", "a", "b", "--top-k", 4], "--effort and --top-k go with --index"),
                               (["--index", work / "i", "--queries", work / "q", "--effort", 2], "exact is exact")]:
         with pytest.raises(InputError, match=reason):
             command("search", *arguments, "--output", work / "none")
     with pytest.raises(InputError, match="--faiss-kind goes with"):
         command("index", "--vectors", work / "docs", "--output", work / "j", "--faiss-kind", "flat")
+    with pytest.raises(InputError, match="--engine and --overwrite go with --output"):
+        command("index", "--index", work / "i", "--compact", "--overwrite")
+    with pytest.raises(InputError, match="--output and --overwrite go with --sweep"):
+        command("evaluate", "--run", "r", "--qrels", "q", "--output", work / "none")
+    with pytest.raises(InputError, match="--split goes with --side queries"):
+        command("encode", "--model", "m", "--data", "d", "--side", "docs", "--split", "dev", "--output", work / "none")

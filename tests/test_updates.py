@@ -164,6 +164,17 @@ def test_without_hard_links_files_are_copied(work, monkeypatch, names):
     assert len(engines.open_index(work / "i")) == 395
 
 
+def test_vectors_of_another_model_are_refused(tmp_path, names):
+    for name, rows, letter in (("old", names[:9], "a"), ("new", names[9:12], "b"), ("same", names[12:15], "a")):
+        made = vectors(rows, 3)
+        made.extra["model"] = letter * 64
+        made.save(tmp_path / name)
+    engines.build(tmp_path / "old", "exact", tmp_path / "i")
+    with pytest.raises(InputError, match="new: the model is b*, that of .*i is a*"):
+        updates.add(tmp_path / "i", tmp_path / "new")
+    updates.add(tmp_path / "i", tmp_path / "same")
+
+
 def test_pruned_index_prunes_what_is_added(work, names):
     engines.build(work / "first", "exact", work / "p", top_k=3)
     updates.add(work / "p", work / "second")

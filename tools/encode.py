@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.side == "queries" and not options.split:
         raise InputError("--side queries needs --split")
+    if options.side == "docs" and options.split:
+        raise InputError("--split goes with --side queries: documents belong to no split")
     if options.threshold is not None and not 0 < options.threshold < float("inf"):
         raise InputError("--threshold must be above 0")
     if any(value is not None and value < 1 for value in (options.top_k, options.batch_tokens)):
@@ -40,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from lexmae.retrieval import encode, encode_dense  # torch, once the arguments are known to be good
 
-    config = encode.EncodeConfig(options.side, options.split if options.side == "queries" else None, options.top_k,
-                                 options.batch_tokens, options.precision, options.threshold)
+    config = encode.EncodeConfig(options.side, options.split, options.top_k, options.batch_tokens, options.precision,
+                                 options.threshold)
     if options.representation == "lexicon":
         encode.encode(options.model, options.data, options.output, config, overwrite=options.overwrite)
     else:

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, index, report."""
     parser = cli.make_parser(__doc__)
     parser.add_argument("--vectors", metavar="DIR", help="document vectors made by tools/encode.py")
-    parser.add_argument("--engine", choices=tuple(engines.ENGINES), default="exact", help="search engine")
+    parser.add_argument("--engine", choices=tuple(engines.ENGINES), help="search engine; exact unless given")
     parser.add_argument("--output", metavar="INDEX", help="directory to write")
     parser.add_argument("--top-k", type=int, help="keep only the k largest weights of each document")
     parser.add_argument("--faiss-kind", choices=("flat", "hnsw", "ivf"),
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     elif options.vectors is None or options.output is None or options.add or options.delete or options.compact:
         raise InputError("--vectors and --output make an index; --index with --add, --delete or --compact changes one")
     else:
-        index = engines.build(options.vectors, options.engine, options.output, overwrite=options.overwrite,
+        index = engines.build(options.vectors, options.engine or "exact", options.output, overwrite=options.overwrite,
                               top_k=options.top_k, **settings)
     seconds = time.perf_counter() - started
     size = sum(file.stat().st_size for file in index.manifest.path.rglob("*") if file.is_file())
@@ -68,6 +68,8 @@ def change(options: argparse.Namespace) -> engines.Index:
 
     if options.vectors is not None or options.output is not None or options.top_k is not None:
         raise InputError("--vectors, --output and --top-k make an index; --index changes one in place")
+    if options.engine is not None or options.overwrite:
+        raise InputError("--engine and --overwrite go with --output; --index changes an index of the engine exact")
     if not (options.add or options.delete or options.compact):
         raise InputError("--index needs --add, --delete or --compact")
     if options.delete and options.add:

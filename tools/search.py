@@ -62,10 +62,11 @@ def _search(options: argparse.Namespace) -> tuple[Run, dict, str]:
 
 
 def _fuse(options: argparse.Namespace) -> tuple[Run, dict, str]:
-    run = fusion.fuse([read_run(path) for path in options.fuse], options.fusion, weights=options.weights,
-                      k=options.rrf_k, hits=options.hits + options.exclude_self)
-    figures = {"fused": options.fuse, "fusion": options.fusion, "weights": options.weights}
-    return run, figures, f"{len(options.fuse)} runs fused ({options.fusion})"
+    method, k = options.fusion or "rrf", fusion.RRF_K if options.rrf_k is None else options.rrf_k
+    run = fusion.fuse([read_run(path) for path in options.fuse], method, weights=options.weights, k=k,
+                      hits=options.hits + options.exclude_self)
+    figures = {"fused": options.fuse, "fusion": method, "weights": options.weights}
+    return run, figures, f"{len(options.fuse)} runs fused ({method})"
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -73,10 +74,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--index", metavar="DIR", help="index made by tools/index.py")
     parser.add_argument("--queries", metavar="DIR", help="query vectors made by tools/encode.py")
     parser.add_argument("--fuse", nargs="+", metavar="RUN", help="in place of the two: runs to fuse into one")
-    parser.add_argument("--fusion", choices=tuple(fusion.METHODS), default="rrf",
-                        help="rrf adds reciprocal ranks; min-max and z-score add scores, normalised per query")
+    parser.add_argument("--fusion", choices=tuple(fusion.METHODS),
+                        help="rrf, the default, adds reciprocal ranks; min-max and z-score add scores, normalised per "
+                             "query")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="of the fused runs; all 1 otherwise")
-    parser.add_argument("--rrf-k", type=int, default=fusion.RRF_K, help="of rrf: added to every rank")
+    parser.add_argument("--rrf-k", type=int, help=f"of rrf: added to every rank; {fusion.RRF_K} unless given")
     parser.add_argument("--hits", type=int, default=1000, help="documents per query at most")
     parser.add_argument("--output", required=True, metavar="FILE", help="TREC run to write")
     parser.add_argument("--threads", type=int, default=engines.default_threads(), help="threads of the search")
@@ -101,8 +103,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         raise InputError("--index and --queries are needed, or --fuse with runs")
     if options.max_passage and options.device != "cpu":
         raise InputError("--max-passage searches on the CPU: leave --device out")
-    if options.weights and not options.fuse:
-        raise InputError("--weights goes with --fuse")
+    if (options.weights or options.fusion or options.rrf_k is not None) and not options.fuse:
+        raise InputError("--fusion, --rrf-k and --weights go with --fuse")
+    if options.fuse and (options.max_passage or options.effort is not None or options.top_k is not None):
+        raise InputError("--max-passage, --effort and --top-k go with --index")
     return options
 
 

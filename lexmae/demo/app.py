@@ -52,7 +52,7 @@ def create_app(service: Any, host: str = "127.0.0.1", hits: int = 10) -> Any:
         text, count = flask.request.args.get("q", "").strip(), flask.request.args.get("hits", str(hits))
         if len(text) > MOST_CHARACTERS:
             raise InputError(f"a query has at most {MOST_CHARACTERS} characters, not {len(text)}")
-        if not count.isascii() or not count.isdigit() or not 1 <= int(count[:9]) <= MOST_HITS:
+        if not count.isascii() or not count.isdigit() or len(count) > 9 or not 1 <= int(count) <= MOST_HITS:
             raise InputError(f"hits must be a number from 1 to {MOST_HITS}")
         return text, int(count)
 

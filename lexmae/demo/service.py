@@ -103,10 +103,14 @@ class Service:
         self.store = TextStore(Corpus.open(corpus), self.vectors.ids)
 
     def _refuse_other_vectors(self, path: Path) -> None:
-        made_of = self.index.manifest.inputs.get("vectors", {}).get("fingerprint", self.vectors.fingerprint)
-        if made_of != self.vectors.fingerprint or len(self.index) != len(self.vectors):
-            raise InputError(f"is not what {self.index.manifest.path} was made of; an index that was changed since has "
-                             "to be built anew", path)
+        index = self.index.manifest
+        made_of = index.inputs.get("vectors", {}).get("fingerprint", self.vectors.fingerprint)
+        changed = any({"added", "deleted"} & entry.keys() for entry in index.fact("history", list, default=[]))
+        if made_of != self.vectors.fingerprint or len(self.index) != len(self.vectors) or changed:
+            raise InputError(f"is not what {index.path} was made of; an index that was changed since has to be built "
+                             "anew", path)
+        if index.config.get("top_k") is not None:  # explanations add up to scores
+            self.vectors = self.vectors.pruned(index.fact("top_k", int, "config"))
 
     def _refuse_other_tokenizer(self, model: str | Path, tokenizer: Any) -> None:
         made_with = self.vectors.extra.get("tokenizer_hash")

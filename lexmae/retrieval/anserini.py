@@ -79,7 +79,8 @@ class AnseriniIndex:
         ``run.seconds`` is the time of Anserini's search threads, without the start of the Java process.
         """
         java, jar = find_java(), find_jar()
-        heaviest = np.add.reduceat(queries.weights.astype(np.int64), queries.indptr[:-1]).max(initial=0)
+        added_up = np.concatenate([[0], np.cumsum(queries.weights, dtype=np.int64)])
+        heaviest = np.diff(added_up[queries.indptr]).max(initial=0)
         if int(heaviest) * self._heaviest > _EXACT:
             say("some scores may exceed 2^24, where Lucene's floats are no longer exact; the engine exact has no limit")
         with tempfile.TemporaryDirectory(prefix="lexmae-anserini-") as folder:

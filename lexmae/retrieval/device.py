@@ -52,6 +52,8 @@ class DeviceIndex:
     def search(self, queries: SparseVectors, hits: int) -> Run:
         """As ``ExactIndex.search``."""
         hits = min(hits, len(self._index))
+        if not hits:
+            return self._index.search(queries, hits, 1)
         bounds = np.zeros(len(queries), np.int64)
         products = queries.weights.astype(np.int64) * self._heaviest[queries.indices]
         np.add.at(bounds, np.repeat(np.arange(len(queries)), np.diff(queries.indptr)), products)
@@ -99,7 +101,7 @@ def _dense(queries: SparseVectors, first: int, last: int, dtype: torch.dtype) ->
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # `meta` and the like hold no values
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"cannot search on the device '{name}': {str(error).splitlines()[0]}") from error
     return device

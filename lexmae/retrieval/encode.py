@@ -79,7 +79,7 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         seconds = time.perf_counter() - start
         blocks.collect(hosts, partial, -(-len(table) // BLOCK))
         if rank == 0:
-            _finish(output, partial, opened, model, shards, state)
+            _finish(output, partial, opened, {"model": model, "shards": shards}, content, state)
             say(f"wrote {output}: {len(table)} {config.side}, {done / max(seconds, 1e-9):.0f} texts/s on this rank")
         hosts.barrier()
 
@@ -193,9 +193,10 @@ def _reorder(pieces: list[vectors.Csr], order: np.ndarray) -> vectors.Csr:
     return vectors.Csr(np.concatenate([np.zeros(1, np.int64), ends]), csr.indices[take], csr.weights[take])
 
 
-def _finish(output: Path, partial: Path, shards: Shards, model: str | Path, source: str | Path, state: dict) -> None:
+def _finish(output: Path, partial: Path, shards: Shards, inputs: dict[str, str | Path], content: str | None,
+            state: dict) -> None:
     vectors.write_vocabulary(partial, shards.vocabulary())
     draft = artifact.Draft(partial, scaffold=[blocks.STATE])
     vectors.describe(draft, side=state["side"], split=state["split"], top_k=state["top_k"],
-                     threshold=state["threshold"], **vocabularies.facts(shards, state["side"]))
-    artifact.seal(draft, output, vectors.KIND, inputs={"model": model, "shards": source}, config=state)
+                     threshold=state["threshold"], model=content, **vocabularies.facts(shards, state["side"]))
+    artifact.seal(draft, output, vectors.KIND, inputs=inputs, config=state)

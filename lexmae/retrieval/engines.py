@@ -12,6 +12,7 @@ An index is an artifact of kind ``index``; its manifest names its engine, so a s
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -109,12 +110,12 @@ class Index:
         """How hard an approximate engine looks: 1 by default, more finds more and is slower.
 
         Raises:
-            InputError: the engine is exact, or ``effort`` is not above 0.
+            InputError: the engine is exact, or ``effort`` is not above 0 and finite.
         """
         if not self.approximate:
             raise InputError(f"the engine {self.engine} is exact: there is no effort to set")
-        if not effort > 0:
-            raise InputError(f"effort must be above 0, not {effort:g}")
+        if not 0 < effort < math.inf:
+            raise InputError(f"effort must be a number above 0, not {effort:g}")
         self._searcher.effort = effort
 
     def search(self, queries: Vectors, hits: int = 1000, threads: int | None = None,

@@ -103,7 +103,7 @@ class FaissIndex:
     def _prepared(self, hits: int) -> Any:
         """The index with the settings of the effort, on the GPUs where there are some and they can."""
         if self.kind == "hnsw":
-            self._index.hnsw.efSearch = max(hits, round(_SEARCH_WIDTH * self.effort))
+            self._index.hnsw.efSearch = max(hits, min(self._index.ntotal, round(_SEARCH_WIDTH * self.effort)))
         if self.kind == "ivf":
             self._index.nprobe = max(1, min(self._index.nlist, round(self._index.nlist * _PROBED * self.effort)))
         gpus = self._faiss.get_num_gpus() if hasattr(self._faiss, "index_cpu_to_all_gpus") else 0

@@ -36,6 +36,8 @@ def fuse(runs: Sequence[Run], method: str = "rrf", *, weights: Sequence[float] |
     weights = [1.0] * len(runs) if weights is None else list(weights)
     if len(weights) != len(runs):
         raise InputError(f"{len(weights)} weights for {len(runs)} runs")
+    if not np.isfinite(weights).all():
+        raise InputError("weights must be finite numbers")
     if len(runs) < 2 or hits < 1 or k < 0:
         raise InputError("fusing needs two or more runs, at least 1 hit and k of at least 0")
     normalise = METHODS[method]
@@ -46,7 +48,10 @@ def fuse(runs: Sequence[Run], method: str = "rrf", *, weights: Sequence[float] |
         for run, weight in zip(runs, weights, strict=True):
             if query not in run or not len(run.scores(query)):
                 continue
-            values, absent = normalise(run.scores(query).astype(np.float64), k)
+            with np.errstate(over="ignore", invalid="ignore"):
+                values, absent = normalise(run.scores(query).astype(np.float64), k)
+            if not np.isfinite(weight * (values - absent)).all():
+                raise InputError(f"query {query!r}: its scores are too large to be normalised by {method}")
             base += weight * absent
             for name, value in zip(run.documents(query), (weight * (values - absent)).tolist(), strict=True):
                 total[name] = total.get(name, 0.0) + value

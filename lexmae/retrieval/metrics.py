@@ -61,6 +61,8 @@ def evaluate(run: Mapping[str, Sequence[tuple[str, float]]], qrels: Qrels, measu
     """
     if not qrels:
         raise InputError("there are no judgements to evaluate against")
+    if relevance_level < 1:
+        raise InputError(f"the relevance level must be at least 1, not {relevance_level}")
     run = run if isinstance(run, Run) else Run.from_pairs(run)
     wanted = {name: _parse(name) for name in measures}
     per_query: dict[str, dict[str, float]] = {}

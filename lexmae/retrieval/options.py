@@ -36,6 +36,8 @@ def evaluation(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
         raise InputError("--per-query goes with --json")
     if options.sweep and not (options.docs and options.queries and options.top_k_docs and options.output):
         raise InputError("--sweep needs --docs, --queries, --top-k-docs and --output")
+    if not options.sweep and (options.top_k_docs or options.top_k_queries or options.output or options.overwrite):
+        raise InputError("--top-k-docs, --top-k-queries, --output and --overwrite go with --sweep")
     if options.sweep and (options.json or options.exclude_self):
         raise InputError("--json and --exclude-self do not go with --sweep; it writes its figures beside --output")
     return options

@@ -82,7 +82,7 @@ class SeismicIndex:
         rows = [queries.row(row) for row in range(len(queries))]
         terms = [np.array(list(map(str, found.tolist())), dtype=self._text) for found, _ in rows]
         weights = [found.astype(np.float32) for _, found in rows]
-        cut = max(1, round(_QUERY_CUT * self.effort))
+        cut = max(1, min(queries.n_terms, round(_QUERY_CUT * self.effort)))
         factor = _HEAP_FACTOR / self.effort
         started = time.perf_counter()
         with _silent():

@@ -31,7 +31,8 @@ def add(index: str | Path, vectors: str | Path, threads: int | None = None) -> a
     """Add the documents of an artifact of vectors as a segment; pruned as the index was (``top_k``).
 
     Raises:
-        InputError: an id is in the index already, or the vectors were encoded otherwise than its documents.
+        InputError: an id is in the index already, or the vectors were encoded otherwise than its documents, such as
+            with another model.
     """
     index = Path(index)
     with locks.writing(index):
@@ -168,7 +169,7 @@ def _check_same_encoder(manifest: artifact.Manifest, new: StoredVectors, path: s
                          f"{vocabularies_differ(new.vocabulary, read_vocabulary(manifest.path))} in {manifest.path}",
                          path)
     made = manifest.fact("vectors", dict, default={})
-    for key in checks.differing(made, new.extra, "tokenizer_hash", "scale", "max_length"):
+    for key in checks.differing(made, new.extra, "tokenizer_hash", "scale", "max_length", "model"):
         raise InputError(f"the {key} is {new.extra[key]}, that of {manifest.path} is {made[key]}", path)
 
 
