@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 
 from lexmae import artifact, cli, recipe
-from lexmae.config import PretrainRecipe
+from lexmae.config import FinetuneRecipe, PretrainRecipe
 from lexmae.data.batches import PretrainData
 from lexmae.data.shards import Shards
+from lexmae.errors import InputError
 from lexmae.model.attention import use_packing
 from lexmae.train import checkpoint, fragments, parts, statefile
 
@@ -37,8 +38,12 @@ _BATCHES, _TEXTS = 15, 32  # on which the use of the bottleneck is measured
 
 
 def train(script: str, file: Path, output: Path, settings: list[str]) -> list[dict[str, float]]:
-    """Train unless that is done; the lines of its log."""
-    if not artifact.exists(output / "model"):
+    """Train unless that is done; the lines of its log. InputError where it was done with other settings."""
+    if artifact.exists(output / "model"):
+        kind = PretrainRecipe if script == "pretrain.py" else FinetuneRecipe
+        if recipe.load(output / "config.yaml", kind) != recipe.load(file, kind, [f"output={output}", *settings]):
+            raise InputError("was trained with other settings: choose another --work", output)
+    else:
         done = subprocess.run([sys.executable, str(ROOT / "launch" / script), str(file), "--set", f"output={output}",
                                *settings, "--resume", "auto"], check=False)
         if done.returncode:

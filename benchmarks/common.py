@@ -50,7 +50,8 @@ def make_parser(description: str | None, **defaults: int) -> argparse.ArgumentPa
     parser.add_argument("--size", choices=SIZES, default="base", help="shape of the BERT, default base")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn; default 3")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16, both sides")
+    parser.add_argument("--bf16", action="store_true", help="in bfloat16: ours with DeepSpeed's bf16 engine, peers "
+                                                          "under autocast")
     parser.add_argument("--json", metavar="NAME", nargs="?", const=Path(sys.argv[0]).stem,
                         help="write the record to results/NAME.json, or to a path; without NAME the script's")
     for name, value in defaults.items():

@@ -40,6 +40,16 @@ def load(path: str | Path, kind: type, overrides: Sequence[str] = ()) -> Any:
     return _build(kind, values, (), path, lines)
 
 
+MACHINE = {"model": ("packing", "compile", "activation_checkpointing"), "optimization": ("micro_batch", "micro_tokens")}
+"""Keys of training recipes that say how a machine computes, and not what is learned."""
+
+
+def without(tree: Mapping[str, Any], keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A recipe as ``to_dict`` gives it, less these keys of its sections."""
+    return {name: {key: value for key, value in section.items() if key not in keys[name]} if name in keys else section
+            for name, section in tree.items()}
+
+
 def to_dict(recipe: Any) -> dict[str, Any]:
     """The composed recipe as plain values, for logs and manifests."""
     return dataclasses.asdict(recipe)

@@ -113,6 +113,7 @@ def test_the_weight_of_queries_may_be_given_and_may_be_zero():
     (p.EvaluationConfig, {"more_splits": ("dev",)}, "more_splits"),
     (p.EvaluationConfig, {"zero_shot": (p.CollectionConfig("a", "x"), p.CollectionConfig("a", "y"))}, "zero_shot"),
     (p.EvaluationConfig, {"zero_shot": (p.CollectionConfig("dev", "x"),)}, "zero_shot"),
+    (p.EvaluationConfig, {"zero_shot": (p.CollectionConfig("model", "x"),)}, "the folder 'model' of a stage"),
     (p.CollectionConfig, {"name": "../x", "input": "x"}, "name"),
     (p.PipelineRecipe, {"input": "x", "work": "w", "prepare": p.PrepareConfig()}, "prepare"),
     (p.PrepareConfig, {"tokenizer": "t", "train_tokenizer": 300}, "tokenizer"),

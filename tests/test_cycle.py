@@ -313,6 +313,13 @@ def test_split_documents_are_distilled_from_scores_of_passages(reranking, passag
             Plan(config, reranking)
 
 
+def test_a_stage_has_one_teacher(reranking):
+    write(reranking / "kl.yaml", loss={"distillation": "kl", "teacher": "some/model"})
+    three = dataclasses.replace(THREE, recipe="kl.yaml")
+    with pytest.raises(InputError, match="the teacher of three scores its negatives beforehand"):
+        Plan(pipeline(ONE, TWO, three, reranker=RerankerConfig(negatives="one")), reranking)
+
+
 def test_a_reranker_on_negatives_of_bm25(reranking):
     (reranking / "n.jsonl").write_text("x")
     taught = [StageConfig("own", "stage.yaml", negatives="n.jsonl", teacher="reranker"),
@@ -833,14 +840,9 @@ def test_scores_of_a_file_and_of_a_stages_list_lie_apart(reranking):
         assert option(scores, "--negatives") == source
 
 
-@pytest.mark.parametrize("config", [
-    {"stages": (StageConfig("prepare", "stage.yaml"),)},
-    {"stages": (ONE,), "evaluation": EvaluationConfig(zero_shot=(CollectionConfig("negatives", "other"),))},
-])
-def test_steps_that_get_in_each_others_way_are_refused(folder, config):
-    (folder / "other").mkdir()
+def test_steps_that_get_in_each_others_way_are_refused(folder):
     with pytest.raises(InputError, match="get in each other's way"):
-        Plan(pipeline(**config), folder)
+        Plan(pipeline(StageConfig("prepare", "stage.yaml")), folder)
 
 
 def test_the_training_queries_may_be_measured_too(folder):
@@ -857,6 +859,14 @@ def test_scores_that_nothing_makes_are_missed_before_the_first_step(folder, keys
         Plan(pipeline(ONE, StageConfig("two", "needs.yaml", negatives="one")), folder)
     (folder / "n.jsonl").write_text("x")
     plan(folder, pipeline(ONE, StageConfig("two", "needs.yaml", negatives="n.jsonl")))
+
+
+def test_how_a_machine_computes_a_stage_changes_nothing_that_was_made(folder):
+    keys = []
+    for more in ({}, {"optimization": {"micro_batch": 2}}, {"model": {"packing": "on"}}, {"optimization": {"lr": 0.5}}):
+        write(folder / "one.yaml", **more)
+        keys.append(plan(folder, pipeline(StageConfig("one", "one.yaml")))["one"].settings)
+    assert keys[0] == keys[1] == keys[2] != keys[3]
 
 
 def test_models_that_lie_in_folders_are_inputs(folder):

@@ -262,6 +262,28 @@ def test_distillation_refuses_scores_of_passages_that_it_does_not_read(long_shar
     negative_rows.build(long_shards, "train", config, tmp_path / "lists", passages)  # where nothing learns from them
 
 
+def test_distillation_takes_scores_of_positive_passages(long_shards, tmp_path):
+    """A passage's own score is its own, whichever passages stand for documents; strangers are passed over."""
+    row = Row("t1", ["D9#1"], [0.5], {"D4#0": 2.5, "D4#1": 1.5, "stranger": 9.0})
+    for which, expected in (("first", {"D4#0": 2.5}), ("all", {"D4#0": 2.5, "D4#1": 1.5})):
+        write_negatives(tmp_path / "n.jsonl", [row])
+        negative_rows.build(long_shards, "train", NegativesConfig(str(tmp_path / "n.jsonl")), tmp_path / which,
+                            which, distil=True)
+        lists = draws.NegativeLists(tmp_path / which)
+        found = dict(zip(named(long_shards, lists.judged_pairs()[:, 1]), lists.pair_scores().tolist(), strict=True))
+        assert found == expected
+
+
+def test_a_documents_score_is_not_learned_from_a_passage_that_nothing_ranked(long_shards, tmp_path):
+    """t1's positive has no best passage: its first one would get the score of the whole document."""
+    rows = [Row("t0", ["D9#1"], [0.5], {"D1": 2.5}, ["D1#2"]), Row("t1", ["D9#1"], [0.5], {"D4": 1.5})]
+    write_negatives(tmp_path / "n.jsonl", rows)
+    config = NegativesConfig(str(tmp_path / "n.jsonl"))
+    negative_rows.build(long_shards, "train", config, tmp_path / "lists", "best", distil=True)
+    lists = draws.NegativeLists(tmp_path / "lists")
+    assert named(long_shards, lists.judged_pairs()[:, 1]) == ["D1#2"] and lists.pair_scores().tolist() == [2.5]
+
+
 def test_distillation_takes_scores_of_passages_and_of_documents_that_are_one(long_shards, tmp_path):
     whole = next(name for name in long_shards.documents.ids(np.arange(12)) if name != "D4" and
                  long_shards.documents.sizes(long_shards.documents.numbers([name]))[0] == 1)

@@ -184,6 +184,8 @@ class EvaluationConfig:
         names = [collection.name for collection in self.zero_shot]
         require(len(set(names)) == len(names), "zero_shot: two collections have the same name")
         require(not set(names) & {*splits, self.train_split}, "zero_shot: a collection has the name of a split")
+        taken = sorted(set(names) & {"model", "checkpoints", "negatives", "tensorboard", "index", "files"})
+        require(not taken, f"zero_shot: the folder '{', '.join(taken)}' of a stage holds something else")
         for name in ("hits", "top_k_docs", "top_k_queries", "batch_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}: at least 1 is needed")

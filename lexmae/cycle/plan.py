@@ -142,7 +142,8 @@ class Plan:
         checks.refuse_machine(config, file, self.deepspeed_config, self.ranks, self.has_gpu)
         models = [config.model.init, config.loss.teacher if isinstance(config, FinetuneRecipe) else None]
         begun = [path for name in models for path in self._content_of(name)]
-        learning = {k: v for k, v in recipe.to_dict(config).items() if k not in ("logging", "deepspeed", "probe")}
+        learning = recipe.without(recipe.to_dict(config), recipe.MACHINE)
+        learning = {k: v for k, v in learning.items() if k not in ("logging", "deepspeed", "probe")}
         return self._add(name, command, output / "model", [self.shards, *inputs, *begun], learning,
                          trains=True, resumes=True, machine=([str(file)], hardware_only))
 

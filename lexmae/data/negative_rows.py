@@ -64,14 +64,18 @@ def build(shards: Shards, split: str, config: NegativesConfig, output: str | Pat
     trained = _positives(shards, split, stand_in)
     teacher = [np.full(len(rows), np.nan, np.float32) for rows in trained]
     row_of = {identifier: row for row, identifier in enumerate(shards.queries(split).ids())}
+    whole = [np.ones(len(rows), bool) for rows in trained]  # whether the score of its document is a positive's own
     if best:
-        _take_best(config, shards, row_of, trained)
+        taken = _take_best(config, shards, row_of, trained)
+        if distil:
+            sizes = (shards.documents.sizes(shards.documents.documents_of(rows)) for rows in trained)
+            whole = [chosen | (size == 1) for chosen, size in zip(taken, sizes, strict=True)]
     sources = []
     for source in config.lists:
         read = _Source(source, [NO_ROWS] * len(row_of), [NO_SCORES] * len(row_of))
         learns = distil and shards.split_documents
         check = functools.partial(_refuse_whole, shards, source.path, best) if learns else None
-        _fill(read, shards, stand_in, row_of, positives, trained, teacher, check)
+        _fill(read, shards, stand_in, row_of, positives, trained, teacher, whole, check)
         sources.append(read)
     judged = sum(len(rows) > 0 for rows in positives)
     for source in sources:  # when all of them have told the scores of positives
@@ -127,8 +131,10 @@ def _positives(shards: Shards, split: str, passages: str) -> list[np.ndarray]:
     return found
 
 
-def _take_best(config: NegativesConfig, shards: Shards, row_of: Mapping[str, int], trained: list[np.ndarray]) -> None:
-    """Put the best ranked passages that the sources note in place of the first passages of positives, in place."""
+def _take_best(config: NegativesConfig, shards: Shards, row_of: Mapping[str, int],
+               trained: list[np.ndarray]) -> list[np.ndarray]:
+    """Put the best ranked passages that the sources note in place of the first passages of positives, in place;
+    returns for which positives there was one, bool."""
     documents = [shards.documents.documents_of(rows) for rows in trained]
     taken = [np.zeros(len(rows), bool) for rows in trained]
     for source in config.lists:
@@ -145,10 +151,12 @@ def _take_best(config: NegativesConfig, shards: Shards, row_of: Mapping[str, int
         raise InputError("passages: 'best' needs the best ranked passages of positives, and no file of negatives has "
                          "any; tools/mine.py --passages notes them", config.lists[0].path if config.lists else None)
     say(f"{changed} of {judged} positives are their best ranked passage, the others their first")
+    return taken
 
 
 def _fill(source: _Source, shards: Shards, passages: str, row_of: Mapping[str, int], positives: list[np.ndarray],
-          trained: list[np.ndarray], teacher: list[np.ndarray], check: Callable[[Row, list[str]], None] | None) -> None:
+          trained: list[np.ndarray], teacher: list[np.ndarray], whole: list[np.ndarray],
+          check: Callable[[Row, list[str]], None] | None) -> None:
     """Read one source: its ranks from ``skip`` to ``depth``, judged positives not counted; ``check`` sees each row."""
     skip, depth = source.config.skip, source.config.depth
     for found in progress(read_negatives(source.config.path), desc="negatives", unit="queries"):
@@ -165,7 +173,7 @@ def _fill(source: _Source, shards: Shards, passages: str, row_of: Mapping[str, i
             raise InputError(f"query {found.qid!r}: scores of documents that are split belong to no single passage",
                              source.config.path)
         scores = np.asarray(known if known is not None else [np.nan] * len(names), np.float32)[places]
-        _learn_positives(found, shards, trained[query], teacher[query])
+        _learn_positives(found, shards, trained[query], teacher[query], whole[query])
         other = ~np.isin(rows, positives[query])
         source.counts["positives"] += int((~other).sum())
         rank = np.unique(places[other], return_inverse=True)[1]  # of documents, however many passages each has
@@ -191,21 +199,22 @@ def _refuse_whole(shards: Shards, path: str, best: bool, found: Row, negatives: 
     scored = [negatives] if best else [negatives, list(found.positives or {})]
     remedies = "negatives of tools/mine.py --passages are passages", "'passages: best' trains on that of a positive"
     for names, remedy in zip(scored, remedies, strict=False):
-        single = shards.docs.contains(names)
-        whole = [name for name, one in zip(names, single, strict=True) if not one]
-        with shards.looking_up(found.qid, path):
-            split = shards.documents.sizes(shards.documents.numbers(whole)) > 1
+        known = ~shards.docs.contains(names) & shards.documents.contains(names)
+        whole = [name for name, one in zip(names, known, strict=True) if one]
+        split = shards.documents.sizes(shards.documents.numbers(whole)) > 1
         if split.any():
             raise InputError(f"query {found.qid!r}: the score of '{whole[int(np.argmax(split))]}' is that of its best "
                              f"passage, which is not what distillation trains on; {remedy}, and loss.teacher scores "
                              "whatever is trained on", path)
 
 
-def _learn_positives(found: Row, shards: Shards, rows: np.ndarray, scores: np.ndarray) -> None:
-    """Note the teacher's scores of a query's positives, in place."""
+def _learn_positives(found: Row, shards: Shards, rows: np.ndarray, scores: np.ndarray, whole: np.ndarray) -> None:
+    """Note the teacher's scores of a query's positives, in place; those of documents for the ``whole`` ones."""
     for name, score in (found.positives or {}).items():
-        if shards.documents.contains([name])[0]:
-            scores[np.isin(rows, shards.documents.rows_named([name])[0])] = score
+        if shards.docs.contains([name])[0]:
+            scores[rows == shards.docs.rows([name])[0]] = score
+        elif shards.documents.contains([name])[0]:
+            scores[np.isin(rows, shards.documents.rows_named([name])[0]) & whole] = score
 
 
 def _drop_false(source: _Source, config: NegativesConfig, teacher: list[np.ndarray]) -> None:
