@@ -44,6 +44,22 @@ def test_a_continued_run_replaces_what_lies_behind_its_checkpoint(tmp_path):
     assert sorted(scalars(tmp_path)) == [10, 20, 30, 40]
 
 
+def test_a_log_is_replaced_as_a_whole_and_only_where_something_is_dropped(tmp_path, monkeypatch):
+    written(tmp_path, [10, 20])
+    file = tmp_path / "log.jsonl"
+    before = file.stat()
+    MetricsLog(tmp_path, start=20).close()
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+    def full(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr("lexmae.artifact.os.replace", full)
+    with pytest.raises(OSError, match="no room"):
+        MetricsLog(tmp_path, start=10)
+    assert [line["step"] for line in lines(tmp_path)] == [10, 20]
+
+
 def test_a_new_run_begins_a_new_log(tmp_path):
     written(tmp_path, [10, 20])
     written(tmp_path, [5])

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lexmae.artifact import atomic_file
 from lexmae.cli import is_main_rank
 
 
@@ -24,15 +25,12 @@ class MetricsLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, needed on rank 0 alone
 
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= start] if start else []
-        self._path.write_text("".join(kept), encoding="utf-8")
+        before = self._path.read_text(encoding="utf-8") if self._path.is_file() else ""
+        kept = "".join(line for line in _whole(before) if json.loads(line)["step"] <= start) if start else ""
+        if kept != before:
+            with atomic_file(self._path) as out:
+                out.write(kept)
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
-
-    def _lines(self) -> list[str]:
-        if not self._path.is_file():
-            return []
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("}\n")]  # a killed run may have left half a line
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Report ``values`` as of ``step`` optimizer steps."""
@@ -49,3 +47,8 @@ class MetricsLog:
         """Flush everything to disk."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _whole(text: str) -> list[str]:
+    """Its lines; a killed run may have left half of one."""
+    return [line for line in text.splitlines(keepends=True) if line.endswith("}\n")]
