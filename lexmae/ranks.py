@@ -201,6 +201,9 @@ class Hosts:
     def refuse_difference(self, **values: Any) -> None:
         """Every host must say the same: its own copy of a recipe or of the data may be another.
 
+        Args:
+            values: what this rank has, by name. Ranks other than 0 may leave some out.
+
         Raises:
             InputError: on every rank, with the first name and host that differ from rank 0.
         """

@@ -312,6 +312,7 @@ def test_other_data_is_refused(tmp_path):
     with pytest.raises(InputError, match="step-3: was made with other data than n.jsonl now holds"):
         checkpoint.refuse_mismatch(found, CONFIG, {"shards": "a", "n.jsonl": "c"})
     checkpoint.refuse_mismatch([make(tmp_path, 4) / "step-4"], CONFIG, {"shards": "a"})  # it does not say
+    checkpoint.refuse_mismatch(found, CONFIG, {"shards": "a", "n.jsonl": "b", "teacher": "d"})  # nor of the teacher
 
 
 def test_the_best_is_that_of_the_newest_kind_of_probe(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import MAX_LENGTH, write_model
 from lexmae import artifact
 from lexmae.config import (
     FinetuneRecipe,
+    LossConfig,
     ModelConfig,
     NegativesConfig,
     OptimizationConfig,
@@ -142,3 +144,40 @@ def test_what_may_change_between_a_run_and_its_continuation(recipe):
     assert {"micro_batch", "micro_tokens"}.isdisjoint(learned["optimization"])
     assert {"packing", "compile", "activation_checkpointing"}.isdisjoint(learned["model"])
     assert learned["optimization"]["batch"] == 8 and learned["model"]["init"] == "scratch"
+
+
+@pytest.fixture
+def taught(recipe, tmp_path):
+    """A recipe of fine-tuning whose teacher, first model and negatives are files of others."""
+    for name in ("teacher/weights", "init/weights", "n.jsonl"):
+        folder(tmp_path, name)
+    return recipe(FinetuneRecipe, model=ModelConfig(init=str(tmp_path / "init")),
+                  loss=LossConfig(distillation="kl", teacher=str(tmp_path / "teacher")),
+                  negatives=NegativesConfig(path=str(tmp_path / "n.jsonl")))
+
+
+def test_a_teacher_that_has_changed_is_another_input(taught, recipe, tmp_path):
+    before = session._inputs(taught)
+    assert before.keys() == {taught.data, str(tmp_path / "n.jsonl"), str(tmp_path / "teacher")}
+    (tmp_path / "teacher" / "weights").write_text("trained again")
+    after = session._inputs(taught)
+    assert {path for path in after if after[path] != before[path]} == {str(tmp_path / "teacher")}
+    assert session._inputs(recipe()).keys() == {recipe().data}
+    hub = dataclasses.replace(taught, loss=LossConfig(distillation="kl", teacher="someone/teacher"))
+    assert "someone/teacher" not in session._inputs(hub)
+
+
+@pytest.mark.parametrize("changed", ["teacher/weights", "init/weights", "n.jsonl"])
+def test_hosts_compare_the_contents_of_what_they_may_have_copies_of(taught, recipe, tmp_path, monkeypatch, changed):
+    assert session._contents(taught) == {}, "one machine has one copy"
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    before = session._contents(taught)
+    assert before.keys() == {f"the content of {tmp_path / name}" for name in ("teacher", "init", "n.jsonl")}
+    (tmp_path / changed).write_text("another copy")
+    after = session._contents(taught)
+    assert {name for name in after if after[name] != before[name]} == {
+        f"the content of {tmp_path / changed.split('/')[0]}"}
+    assert session._contents(recipe()) == {}, "from scratch"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert session._contents(taught) == {}, "the first rank of a host speaks for it"

@@ -217,7 +217,8 @@ def refuse_mismatch(paths: Sequence[Path], config: Mapping[str, Any], inputs: Ma
     """Refuse checkpoints of another recipe or other data, by the first of them that can be read.
 
     Args:
-        inputs: what is trained on now: path → fingerprint or checksum.
+        inputs: what is trained on now: path → fingerprint or checksum. A checkpoint of an earlier version does not
+            say all of them.
 
     Raises:
         InputError: names the first setting, or the path of data, that differs.
@@ -230,8 +231,8 @@ def refuse_mismatch(paths: Sequence[Path], config: Mapping[str, Any], inputs: Ma
         if differing := _first_difference(manifest.config, config):
             key, old, new = differing
             raise InputError(f"was made with {key} = {old!r}, the recipe now says {new!r}", path)
-        before = manifest.extra.get(INPUTS, inputs)
-        if changed := next((name for name in inputs if before.get(name) != inputs[name]), None):
+        before = manifest.extra.get(INPUTS, {})
+        if changed := next((name for name in inputs if before.get(name, inputs[name]) != inputs[name]), None):
             raise InputError(f"was made with other data than {changed} now holds: choose another output", path)
         return
 

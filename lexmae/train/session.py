@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | 
         for source in config.negatives.lists:
             if not Path(source.path).is_file():
                 raise InputError("no such file of negatives", source.path)
-    if isinstance(config, FinetuneRecipe) and config.loss.teacher:
+    if _teacher(config):
         rerank.check_teacher(config.loss.teacher, shards, spread)
     if isinstance(config, RerankRecipe):
         rerank.check(config, shards, spread)
@@ -110,7 +111,7 @@ def run(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | No
         shards = Shards.open(config.data)
         hosts.refuse_difference(**_flat("recipe", learned), shards=shards.manifest.fingerprint,
                                 **_flat("DeepSpeed configuration", spread.config), micro_batch=spread.micro_batch,
-                                micro_tokens=spread.micro_tokens)
+                                micro_tokens=spread.micro_tokens, **_contents(config))
         torch.manual_seed(config.optimization.seed)
         reranking = isinstance(config, RerankRecipe)
         lm = rerank.build_scorer(config, shards) if reranking else parts.build_lm(config.model, shards, bool(chosen))
@@ -195,14 +196,36 @@ def _learned(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _inputs(config: PretrainRecipe | FinetuneRecipe | RerankRecipe,
             checksums: Sequence[str] | None = None) -> dict[str, str]:
-    """What a continued run must find as its beginning did: path → fingerprint of shards, checksum of negatives.
+    """What a continued run must find as its beginning did: path → fingerprint of shards, checksum of negatives, content
+    of the teacher where it is a folder.
 
     Args:
         checksums: of the files of negatives, where they are known.
     """
-    files = [] if isinstance(config, PretrainRecipe) else [source.path for source in config.negatives.lists]
+    files = _negatives(config)
     known = map(artifact.checksum, files) if checksums is None else checksums
-    return {config.data: artifact.read(config.data).fingerprint, **dict(zip(files, known, strict=True))}
+    found = {config.data: artifact.read(config.data).fingerprint, **dict(zip(files, known, strict=True))}
+    teacher = artifact.content_of(config.loss.teacher) if _teacher(config) else None
+    return found | ({_teacher(config): teacher} if teacher else {})
+
+
+def _contents(config: PretrainRecipe | FinetuneRecipe | RerankRecipe) -> dict[str, str | None]:
+    """What the hosts of a run may have other copies of, besides the shards: the contents of negatives, teacher and
+    first model, from the first rank of each of several hosts; None of a hub name."""
+    if not several_hosts() or os.environ.get("LOCAL_RANK", "0") != "0":
+        return {}
+    folders = [_teacher(config), "" if config.model.init == "scratch" else config.model.init]
+    found = {**{path: artifact.checksum(path) for path in _negatives(config)},
+             **{path: artifact.content_of(path) for path in filter(None, folders)}}
+    return {f"the content of {path}": content for path, content in found.items()}
+
+
+def _negatives(config: PretrainRecipe | FinetuneRecipe | RerankRecipe) -> list[str]:
+    return [] if isinstance(config, PretrainRecipe) else [source.path for source in config.negatives.lists]
+
+
+def _teacher(config: PretrainRecipe | FinetuneRecipe | RerankRecipe) -> str:
+    return config.loss.teacher if isinstance(config, FinetuneRecipe) else ""
 
 
 def _flat(name: str, values: Any) -> dict[str, Any]:
