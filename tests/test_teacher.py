@@ -88,3 +88,9 @@ def test_another_tokenizer_or_kind_is_refused(tiny_shards, teacher_dir, model_di
         Teacher(str(tmp_path / "other"), tiny_shards)
     with pytest.raises(InputError, match="is of kind 'model', but 'reranker' is needed"):
         Teacher(str(model_dir), tiny_shards)
+
+
+def test_a_teacher_of_others_with_too_few_tokens_is_refused(tiny_shards, tmp_path):
+    CrossEncoder(scorer(vocab=50, max_position_embeddings=40)).save(tmp_path / "few")
+    with pytest.raises(InputError, match="few: knows 50 tokens, the shards use a vocabulary of"):
+        Teacher(str(tmp_path / "few"), tiny_shards)

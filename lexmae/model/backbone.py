@@ -268,6 +268,12 @@ def word_embeddings(lm: PreTrainedModel) -> nn.Parameter:
     return lm.get_input_embeddings().weight
 
 
+def refuse_few_tokens(lm: PreTrainedModel, needed: int, name: str | Path) -> None:
+    """InputError where the model, of this name, has fewer word embeddings than the vocabulary of shards needs."""
+    if (entries := len(word_embeddings(lm))) < needed:
+        raise InputError(f"knows {entries} tokens, the shards use a vocabulary of {needed}", name)
+
+
 def output_matrix(lm: PreTrainedModel) -> tuple[nn.Parameter, nn.Parameter | None]:
     """The LM head's output matrix [V, H] and bias [V] (None where the backbone has none)."""
     head = lm.get_output_embeddings()
@@ -288,9 +294,8 @@ def max_length(lm: PreTrainedModel) -> int:
     return config.max_position_embeddings - (config.pad_token_id + 1 if _family(lm).offset_positions else 0)
 
 
-def embed(
-    lm: PreTrainedModel, input_ids: Tensor, token_type_ids: Tensor | None = None, packing: Packing | None = None
-) -> Tensor:
+def embed(lm: PreTrainedModel, input_ids: Tensor, token_type_ids: Tensor | None = None,
+          packing: Packing | None = None) -> Tensor:
     """What the first layer reads: word, position and segment embeddings, LayerNorm and dropout.
 
     Ids are [B, L]; the result is [B, L, H], or [N, H] where there is a packing.
@@ -326,9 +331,8 @@ def _packed_inputs(lm: PreTrainedModel, input_ids: Tensor, token_type_ids: Tenso
     return {"input_ids": packing.pack(input_ids)[None], **flat, "position_ids": positions(lm, packing)}
 
 
-def scores(
-    scorer: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-) -> Tensor:
+def scores(scorer: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor,
+           token_type_ids: Tensor | None = None) -> Tensor:
     """The scores [B] of a scorer; segment ids are used only where the backbone has them."""
     segments = _segments(scorer, token_type_ids)
     return scorer(input_ids=input_ids, attention_mask=attention_mask, **segments).logits.squeeze(-1)

@@ -91,9 +91,7 @@ def speed(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pair_length(scorer: CrossEncoder, made_with: artifact.Manifest | None, shards: Shards, config: ScoreConfig,
                  model: str | Path) -> int:
-    entries = backbone.word_embeddings(scorer.scorer).shape[0]
-    if entries < shards.vocab_size:
-        raise InputError(f"knows {entries} tokens, the shards use a vocabulary of {shards.vocab_size}", model)
+    backbone.refuse_few_tokens(scorer.scorer, shards.vocab_size, model)
     extra = shards.manifest.extra
     whole = min(extra["query_length"] + extra["max_length"], scorer.max_length)
     length = config.max_length or (made_with.extra["pair_length"] if made_with else whole)

@@ -172,9 +172,7 @@ def build_lm(config: ModelConfig, shards: Shards, continued: bool = False) -> An
         lm, new = backbone.load_masked_lm_with_new(config.init)
         if new and config.fit_head and not continued:
             _fit_head(lm, config.init, shards)
-    entries = backbone.word_embeddings(lm).shape[0]
-    if entries < shards.vocab_size:
-        raise InputError(f"knows {entries} tokens, the shards use a vocabulary of {shards.vocab_size}", config.init)
+    backbone.refuse_few_tokens(lm, shards.vocab_size, config.init)
     longest = max(shards.manifest.extra["max_length"], shards.manifest.extra["query_length"])
     if backbone.max_length(lm) < longest:
         raise InputError(f"reads {backbone.max_length(lm)} tokens, the shards hold up to {longest}", config.init)

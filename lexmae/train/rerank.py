@@ -52,11 +52,15 @@ class Teacher:
     Args:
         folder: artifact of kind ``reranker``, or another cross-encoder's folder or hub name.
         shards: what the pairs are made of; its tokenizer must be the cross-encoder's.
+
+    Raises:
+        InputError: its kind or tokenizer is another, or it has fewer tokens than the shards' vocabulary.
     """
 
     def __init__(self, folder: str, shards: Shards):
         made = shards.refuse_other_tokenizer(folder, KIND)
         self.scorer = CrossEncoder.load(folder).eval().requires_grad_(False)
+        backbone.refuse_few_tokens(self.scorer.scorer, shards.vocab_size, folder)
         self.max_length = min(_pair_length(made, shards), self.scorer.max_length)
 
     @torch.no_grad()
@@ -110,9 +114,7 @@ def build_scorer(config: RerankRecipe, shards: Shards) -> Any:
     else:
         scorer, new = backbone.load_scorer(model.init)
         say(f"{model.init}: " + (f"new are {', '.join(new)}" if new else "a finished cross-encoder is trained on"))
-    entries = backbone.word_embeddings(scorer).shape[0]
-    if entries < shards.vocab_size:
-        raise InputError(f"knows {entries} tokens, the shards use a vocabulary of {shards.vocab_size}", model.init)
+    backbone.refuse_few_tokens(scorer, shards.vocab_size, model.init)
     if backbone.max_length(scorer) < config.max_length:
         raise InputError(f"reads {backbone.max_length(scorer)} tokens, max_length is {config.max_length}", model.init)
     return scorer
