@@ -710,6 +710,17 @@ def test_the_row_of_the_reranked_run(figures, source):
     assert next(line for line in text.splitlines() if "rerank" in line).endswith(" – |")
 
 
+def test_figures_that_a_killed_command_left_out_are_none(figures):
+    """Killed between a run and its figures, a step that goes on counts as finished."""
+    work = Path(figures.work)
+    write_json(work / "reranker" / "metrics.json", {"means": dict.fromkeys(report.MEASURES, 0.75)})
+    (work / "bm25" / "bm25.json").unlink()
+    with_reranker = dataclasses.replace(figures, reranker=RerankerConfig(negatives="bm25"))
+    lines = report.write(with_reranker, {}).splitlines()
+    assert all([cell.strip() for cell in line.strip("|").split("|")][-4:] == ["–"] * 4 for line in lines[2:4])
+    assert "120.0" in lines[4] and len(lines) == 5
+
+
 def test_the_row_of_the_bi_encoder(figures):
     folder = Path(figures.work) / "bi_encoder"
     write_json(folder / "metrics.json", {"means": dict.fromkeys(report.MEASURES, 0.5)})

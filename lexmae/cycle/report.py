@@ -45,12 +45,15 @@ def _folders(config: PipelineRecipe) -> dict[str, str]:
 
 
 def _costs(config: PipelineRecipe, name: str, before: Rows) -> dict[str, Any]:
-    """Terms, size and speed of a row; of a reranked run those of the pair of it and the row before."""
+    """Terms, size and speed of a row; of a reranked run those of the pair of it and the row before.
+
+    A command that was killed behind its output has left no figures of its own: None stands for them.
+    """
     folder = Path(config.work) / name
     if name == "bm25":
-        bm25 = _json(folder / "bm25.json")
-        return {key: bm25[key] for key in ("terms_docs", "terms_queries", "index_bytes", "queries_per_second")}
-    rate = _json(folder / "run.json")["queries_per_second"]
+        bm25 = _optional(folder / "bm25.json")
+        return {key: bm25.get(key) for key in ("terms_docs", "terms_queries", "index_bytes", "queries_per_second")}
+    rate = _optional(folder / "run.json").get("queries_per_second")
     if name == RERANKER:
         first = list(before.values())[-1]
         pair = 1 / (1 / first["queries_per_second"] + 1 / rate) if rate and first["queries_per_second"] else None
@@ -63,6 +66,10 @@ def _costs(config: PipelineRecipe, name: str, before: Rows) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return _json(path) if path.is_file() else {}
 
 
 def _measures(work: Path, path: str) -> dict[str, Any]:
@@ -110,7 +117,7 @@ def table(rows: Rows, title: str = "") -> str:
         line = [name, *(f"{row[measure]:.4f}" for measure in MEASURES), _test(row)]
         if costs:
             line += [_figure(row.get("terms_docs")), _figure(row.get("terms_queries")),
-                     _figure(row["index_bytes"] / 1e6), _figure(row["queries_per_second"], 0)]
+                     _figure(row["index_bytes"] and row["index_bytes"] / 1e6), _figure(row["queries_per_second"], 0)]
         lines.append(tuple(line))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     cells = ["| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in
