@@ -19,7 +19,7 @@ from typing import Any
 
 from lexmae import __version__, locks, remembered
 from lexmae.errors import InputError
-from lexmae.renaming import atomic_file, fsync, replace_directory
+from lexmae.renaming import atomic_file, fsync, real_place, remove, replace_directory
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -34,7 +34,7 @@ class Draft:
     """An artifact in the making.
 
     Attributes:
-        path: the temporary directory to write files into.
+        path: the temporary directory to write files into, as ``partial_path`` gives it.
         counts: numbers of what it holds, for the manifest.
         extra: further facts for the manifest (JSON values).
         known: checksums of files taken over unread from a finished artifact, by name.
@@ -84,8 +84,9 @@ class Manifest:
 
 
 def partial_path(path: str | Path) -> Path:
-    """Where the artifact ``path`` is built before it gets its name."""
-    path = Path(path)
+    """Where the artifact ``path`` is built before it gets its name: beside it, or beside the folder that it leads to
+    where it is a symbolic link."""
+    path = real_place(Path(path))
     return path.with_name(path.name + ".partial")
 
 
@@ -100,6 +101,8 @@ def create(path: str | Path, kind: str, *, inputs: Mapping[str, str | Path] | No
            overwrite: bool = False) -> Iterator[Draft]:
     """Build the artifact ``path``; it appears under that name only when the block ends without an error.
 
+    Where ``path`` is a symbolic link it stays one, and the artifact appears where it leads.
+
     Args:
         inputs: name → path of what it is made from; artifacts among them are recorded with their fingerprint.
         config: the settings it is made with.
@@ -113,8 +116,8 @@ def create(path: str | Path, kind: str, *, inputs: Mapping[str, str | Path] | No
     with locks.writing(path):
         refuse_existing(path, overwrite)
         draft = Draft(partial_path(path))
-        if draft.path.exists() and not keep_partial:
-            shutil.rmtree(draft.path)
+        if not keep_partial:
+            remove(draft.path)
         draft.path.mkdir(parents=True, exist_ok=True)
         try:
             yield draft

@@ -33,14 +33,28 @@ def reserve(path: Path) -> None:
         os.close(handle)
 
 
+def real_place(path: Path) -> Path:
+    """Where a symbolic link leads, whether anything is there or not; any other path as it is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all it holds, a file, or a link, which leaves what it leads to; nothing where none is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def replace_directory(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; an old one changes places with it, or is moved aside, and is removed last."""
+    """Rename ``source`` to ``target``, or to where that link leads; an old one changes places with it, or is moved
+    aside, and is removed last. ``source`` must lie on the disk of the place that it gets."""
+    target = real_place(target)
     if target.exists() and _exchange(source, target):
-        shutil.rmtree(source)
+        remove(source)
     elif target.exists():
         old = target.with_name(target.name + ".old")
-        if old.exists():
-            shutil.rmtree(old)
+        remove(old)
         os.rename(target, old)
         os.rename(source, target)
         shutil.rmtree(old)

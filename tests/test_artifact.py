@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from lexmae import artifact
+from lexmae import artifact, locks, renaming
 from lexmae.errors import InputError
 
 
@@ -100,6 +100,34 @@ def test_overwriting_happens_at_the_very_end(tmp_path):
         (draft.path / "x").write_text("new")
     assert set(artifact.read(tmp_path / "a").files) == {"x"} and (tmp_path / "a" / "x").read_text() == "new"
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_link_stays_one_and_the_artifact_appears_where_it_leads(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr("lexmae.renaming._exchange", lambda *_: False)
+    (tmp_path / "disk").mkdir()
+    link, real = tmp_path / "a", tmp_path / "disk" / "real"
+    link.symlink_to(real)  # where nothing is yet
+    assert locks.lock_file(link) == locks.lock_file(real)
+    for number in range(3):
+        with artifact.create(link, "shards", overwrite=number > 0) as draft:
+            assert draft.path == artifact.partial_path(link) == real.with_name("real.partial")
+            (draft.path / "x").write_text(str(number))
+            assert locks.lock_file(link) == locks.lock_file(real), "whichever is named"
+        assert link.is_symlink() and (real / "x").read_text() == str(number) and artifact.read(link)
+    assert sorted(os.listdir(tmp_path)) == ["a", "disk"] and os.listdir(tmp_path / "disk") == ["real"]
+
+
+def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
+    write(tmp_path / "real", {"x": "1"})
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("real")
+    for name in ("link", "absent", "file"):
+        renaming.remove(tmp_path / name)
+    assert os.listdir(tmp_path) == ["real"] and (tmp_path / "real" / "x").is_file()
+    renaming.remove(tmp_path / "real")
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_empty_folder_may_be_filled(tmp_path):

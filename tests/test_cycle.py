@@ -592,6 +592,15 @@ def test_half_of_what_a_step_left_is_removed_before_it_runs_again(work):
     assert run(work, step(work)) == ["a"] and not artifact.partial_path(work / "a").exists()
 
 
+def test_a_link_to_an_output_is_replaced_and_what_it_leads_to_stays(work):
+    run(work, step(work, mode="folder"))
+    (work / "a").rename(work.parent / "elsewhere")
+    (work / "a").symlink_to(work.parent / "elsewhere")
+    assert run(work, step(work, mode="folder")) == []
+    assert run(work, step(work, mode="folder", settings={"lr": 2}), redo=True) == ["a"]
+    assert not (work / "a").is_symlink() and artifact.exists(work / "a") and artifact.exists(work.parent / "elsewhere")
+
+
 def test_a_step_that_goes_on_keeps_what_there_is(work):
     one = step(work, mode="fail", resumes=True)
     with pytest.raises(SystemExit):

@@ -54,7 +54,7 @@ def test_a_log_is_replaced_as_a_whole_and_only_where_something_is_dropped(tmp_pa
     def full(*_):
         raise OSError("no room")
 
-    monkeypatch.setattr("lexmae.artifact.os.replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="no room"):
         MetricsLog(tmp_path, start=10)
     assert [line["step"] for line in lines(tmp_path)] == [10, 20]

@@ -103,6 +103,13 @@ def test_segments_that_stay_are_links_and_an_open_index_goes_on(work, names):
     assert dict(opened.search(queries, 20)) == before
 
 
+def test_a_link_to_an_index_stays_one(work, names):
+    (work / "other").symlink_to(work / "i")
+    updates.delete(work / "other", ids(work, names[:300]))
+    updates.compact(work / "other")
+    assert (work / "other").is_symlink() and len(engines.open_index(work / "i")) == 100
+
+
 def ids(folder, names):
     (folder / "gone").write_text("\n".join(names))
     return folder / "gone"

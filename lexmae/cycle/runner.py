@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from lexmae import artifact, cli
 from lexmae.checked import read_json
 from lexmae.cycle.steps import Step
 from lexmae.errors import InputError
+from lexmae.renaming import remove
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = "deepspeed"
@@ -136,11 +136,8 @@ def _checkpoints(step: Step) -> list[Path]:
 def _remove(step: Step) -> None:
     """What an earlier command of that name left; training keeps nothing of a run with other settings."""
     stale = step.output.parent if step.output.name == "model" else step.output
-    for path in (stale, artifact.partial_path(step.output)):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    for path in (artifact.partial_path(step.output), stale):
+        remove(path)
 
 
 def _digest(value: Any) -> str:

@@ -65,7 +65,7 @@ def hosts(output: Path, **same: Any) -> Hosts:
     Raises:
         InputError: two hosts read something different.
     """
-    found = Hosts(output.parent)
+    found = Hosts(artifact.partial_path(output).parent)
     found.refuse_difference(**same)
     return found
 

@@ -22,6 +22,7 @@ from lexmae import artifact
 from lexmae.cli import is_main_rank, say
 from lexmae.errors import InputError, RunError
 from lexmae.ranks import Hosts, several_hosts
+from lexmae.renaming import remove
 from lexmae.train import engine as engines
 from lexmae.train import fragments, statefile
 from lexmae.train.engine import Engine
@@ -113,8 +114,7 @@ def _together(engine: Engine, target: Path, action: Callable[[], str | None]) ->
 
 
 def _fresh(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
+    remove(path)
     path.mkdir(parents=True)
 
 
@@ -172,7 +172,7 @@ def _remove_old(folder: Path, step: int, keep: int) -> None:
             path.rename(path.with_name(f"{path.name}.removed"))
     for path in folder.glob("step-*"):
         if path.suffix in (".removed", ".partial"):
-            shutil.rmtree(path)
+            remove(path)
 
 
 def best(folder: Path, known: Sequence[int]) -> int | None:
