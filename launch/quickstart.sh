@@ -9,10 +9,15 @@ if [ "$#" -eq 1 ]; then
     [ -d "$1" ] || { echo "error: $1: no such folder" >&2; exit 2; }
     input="$(cd "$1" && pwd)"
 fi
+quoted() { # as YAML reads a text, whatever is in it
+    local mark="'"
+    printf '%s' "$mark${1//$mark/$mark$mark}$mark"
+}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/install.sh
 install_lexmae ""
 if [ "$#" -eq 1 ]; then
-    exec .venv/bin/python launch/pipeline.py recipes/toy --set "input=$input" "work=runs/toy-$(basename "$input")"
+    exec .venv/bin/python launch/pipeline.py recipes/toy \
+        --set "input=$(quoted "$input")" "work=$(quoted "runs/toy-$(basename "$input")")"
 fi
 exec .venv/bin/python launch/pipeline.py recipes/toy

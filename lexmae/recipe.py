@@ -17,6 +17,7 @@ import yaml
 from lexmae.errors import InputError
 
 _LARGEST = 100_000  # entries of a recipe
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError)
 # What other trainers call our keys.
 _OTHER_NAMES = {"learning_rate": "lr", "batch_size": "batch", "max_steps": "steps", "num_train_epochs": "epochs",
                 "warmup_steps": "warmup", "warmup_ratio": "warmup", "max_grad_norm": "clip",
@@ -48,6 +49,16 @@ def without(tree: Mapping[str, Any], keys: Mapping[str, Sequence[str]]) -> dict[
     """A recipe as ``to_dict`` gives it, less these keys of its sections."""
     return {name: {key: value for key, value in section.items() if key not in keys[name]} if name in keys else section
             for name, section in tree.items()}
+
+
+def setting(key: str, text: str) -> str:
+    """The override that gives ``key`` this text: as it is, or quoted where YAML would read it as something else."""
+    try:
+        plain = _values(text) == text
+    except _NOT_YAML:
+        plain = False
+    quoted = yaml.safe_dump(text, default_style='"', allow_unicode=True, width=math.inf).rstrip("\n")
+    return f"{key}={text if plain else quoted}"
 
 
 def to_dict(recipe: Any) -> dict[str, Any]:
@@ -93,7 +104,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:
         text = path.read_text(encoding="utf-8")
         tree = yaml.compose(text, Loader=_Loader)
         values = _values(text)
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError) as error:
+    except _NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         raise InputError(f"not YAML: {getattr(error, 'problem', None) or error}", path,
                          mark.line + 1 if mark else None) from error
@@ -128,7 +139,7 @@ def _collect_lines(node: yaml.Node, where: tuple, lines: dict[tuple, int], path:
 def _parse_value(override: str, text: str) -> Any:
     try:
         return _values(text)
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError) as error:
+    except _NOT_YAML as error:
         raise InputError(f"--set {override}: the value is not YAML") from error
 
 

@@ -91,6 +91,14 @@ def test_steps_come_in_order(folder):
     assert "pretrain" not in plan(folder, pipeline(ONE, pretrain=None))
 
 
+def test_folders_with_signs_of_yaml_are_given_as_they_are(folder):
+    work = "my #1: work"
+    given = settings(plan(folder, pipeline(ONE, TWO, work=work))["two"])
+    assert {yaml.safe_load(given[key]) for key in ("data", "output", "negatives.path", "model.init")} == {
+        f"{work}/shards", f"{work}/two", f"{work}/one/negatives.jsonl", f"{work}/one/model"}
+    assert given["split"] == "train" and given["output"] == f'"{work}/two"'
+
+
 def test_the_built_in_corpus_is_a_step(folder):
     steps = plan(folder, pipeline(input="builtin", builtin_passages=70))
     assert list(steps)[:2] == ["corpus", "prepare"]

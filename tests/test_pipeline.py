@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 import yaml
 from launching import ROOT, TINY, run
 
+from lexmae import recipe
+from lexmae.cycle.config import PipelineRecipe
 from lexmae.data.negatives import read_negatives
 from lexmae.errors import InputError
 from lexmae.retrieval.runs import read_run
@@ -162,6 +166,23 @@ def test_a_split_that_is_not_there_is_missed_at_once(tmp_path, beir_dir):
         value = "[nosuch]" if key == "more_splits" else "nosuch"
         with pytest.raises(InputError, match="has no queries of the split 'nosuch'; it has "):
             pipeline_command().main([str(tmp_path), "--list", "--set", f"evaluation.{key}={value}"])
+
+
+@pytest.mark.parametrize("name", ["plain", "a #1: it's"])
+def test_the_quickstart_names_its_folder_whatever_is_in_the_name(tmp_path, name):
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "quickstart.sh", tmp_path / "launch")
+    (tmp_path / "launch" / "install.sh").write_text("install_lexmae() { :; }\n")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / name).mkdir()
+    said = subprocess.run(["bash", "launch/quickstart.sh", name], cwd=tmp_path, check=True, text=True,
+                          capture_output=True).stdout.splitlines()
+    assert said[:3] == ["launch/pipeline.py", "recipes/toy", "--set"] and len(said) == 5
+    config = recipe.load(ROOT / "recipes" / "toy" / "pipeline.yaml", PipelineRecipe, said[3:])
+    assert (config.input, config.work) == (str(tmp_path / name), f"runs/toy-{name}")
 
 
 def test_the_slots_of_a_hostfile_are_the_ranks(tmp_path):

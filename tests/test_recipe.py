@@ -122,6 +122,19 @@ stages:
 """
 
 
+@pytest.mark.parametrize("text", ["a #1", "a: b", "true", "12", "null", "", "- x", "[a", "@x", "a'b: \"c\" \\n", "ü #2",
+                                  "two\nlines", " x", "{x}", "x" * 200 + " # " + "y " * 100])
+def test_a_text_is_read_as_it_was_written_whatever_is_in_it(load, text):
+    written = recipe.setting("output", text)
+    assert load(MINIMAL, written).output == text and written.startswith("output=") and "\n" not in written
+
+
+@pytest.mark.parametrize("text", ["runs/toy/shards", "off", "/data/a b/c", "some/model-uncased", "a#1", "it's", "x=y"])
+def test_a_text_that_yaml_reads_as_it_is_stays_plain(load, text):
+    assert recipe.setting("output", text) == f"output={text}"
+    assert load(MINIMAL, f"output={text}").output == text
+
+
 def test_lists_and_their_positions(load):
     found = load(PIPELINE, "stages.1.mine_depth=9", "stages.0.recipe=other.yaml", kind=PipelineRecipe)
     assert [(s.name, s.recipe, s.init, s.mine_depth) for s in found.stages] == [

@@ -135,7 +135,7 @@ class Plan:
     def _add_training(self, name: str, script: str, file: Path, kind: type, overrides: dict[str, str],
                       inputs: list[Path]) -> Path:
         output = self.work / name
-        settings = [*self._places(name), *(f"{key}={value}" for key, value in overrides.items())]
+        settings = [*self._places(name), *(recipe.setting(key, value) for key, value in overrides.items())]
         config = recipe.load(file, kind, settings)
         hardware_only = ["--deepspeed_config", self.deepspeed_config] if self.deepspeed_config else []
         command = [script, str(file), "--set", *settings, "--resume", "auto", *hardware_only]
@@ -154,7 +154,7 @@ class Plan:
 
     def _places(self, name: str) -> list[str]:
         """What every training recipe is told of folders, whether it names any or not."""
-        return [f"data={self.shards}", f"output={self.work / name}"]
+        return [recipe.setting("data", str(self.shards)), recipe.setting("output", str(self.work / name))]
 
     def _add_bm25(self) -> None:
         evaluation, folder = self.config.evaluation, self.work / "bm25"
