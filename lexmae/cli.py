@@ -20,7 +20,7 @@ _LAUNCHERS = [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_
                "OMPI_COMM_WORLD_LOCAL_SIZE", ""),
               ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "", "SLURM_NNODES")]
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk
-_WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _NO_ROOM = os.strerror(errno.ENOSPC)
 
 

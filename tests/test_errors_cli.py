@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from lexmae import cli
+from lexmae import artifact, cli
 from lexmae.errors import InputError, Preempted, RunError
 
 
@@ -45,6 +45,18 @@ def test_a_missing_file_is_named_in_one_line(tmp_path, capsys):
 
     code, lines = outcome(main, capsys)
     assert code == 2 and lines == [f"error: {tmp_path / 'absent.txt'}: No such file or directory"]
+
+
+@pytest.mark.parametrize("output, text", [("file/out", "file: File exists"), ("file/more/out", "file/more: Not a dir")])
+def test_an_output_under_a_plain_file_is_one_line(tmp_path, capsys, output, text):
+    (tmp_path / "file").touch()
+
+    def main(argv):
+        with artifact.create(tmp_path / output, "index"):
+            raise AssertionError
+
+    code, lines = outcome(main, capsys)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith(f"error: {tmp_path / text}")
 
 
 @pytest.mark.parametrize("error, code, line", [
@@ -154,7 +166,7 @@ def test_a_rank_of_several_leaves_without_the_interpreters_clean_up():
     """Threads of a communication library may still run then; what was printed must have arrived all the same."""
     program = """
 import atexit
-from lexmae import cli
+from lexmae import artifact, cli
 atexit.register(print, "cleaned up")
 cli.run(lambda argv: print("done") or 5)
 """
