@@ -42,23 +42,36 @@ def several_hosts() -> bool:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Around the checks before a run on several hosts: an InputError on one of them stops all.
+def together() -> Iterator[contextlib.ExitStack]:
+    """Around the checks before a run on several hosts: an InputError or OSError on one of them stops all.
 
     Otherwise the others would wait for it at the beginning of the run, since pdsh does not stop them. The ranks meet
     at the port of the launcher, which is free again when the block has ended.
 
+    Returns:
+        a stack for what is entered among the checks and held during the run, such as a lock: the context of the run. It
+        is closed here where there will be no run.
+
     Raises:
-        InputError: this rank's own, or that a rank has not come.
+        InputError, OSError: this rank's own, or that a rank has not come.
         SystemExit: another rank has one, which it reports.
     """
-    if not several_hosts():
-        yield
-        return
-    own: InputError | None = None
+    held = contextlib.ExitStack()
     try:
-        yield
-    except InputError as error:
+        if several_hosts():
+            yield from _agreed(held)
+        else:
+            yield held
+    except BaseException:
+        held.close()
+        raise
+
+
+def _agreed(held: contextlib.ExitStack) -> Iterator[contextlib.ExitStack]:
+    own: InputError | OSError | None = None
+    try:
+        yield held
+    except (InputError, OSError) as error:
         own = error
     reasons = _exchange("ok" if own is None else "failed")
     if own is not None:

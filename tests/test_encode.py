@@ -345,6 +345,7 @@ def test_ranks_as_threads_make_what_one_makes(model_dir, shards_dir, tmp_path, m
         yield local.rank, world, torch.device("cpu")
 
     monkeypatch.setattr(blocks, "ranks", ranks)
+    monkeypatch.setattr(blocks, "is_main_rank", lambda: local.rank == 0)
     monkeypatch.setattr(blocks, "Hosts", thread_hosts(local, barrier))
     encoder = SparseEncoder.load(model_dir)  # transformers cannot load in several threads at once
     monkeypatch.setattr(encode.SparseEncoder, "load", lambda *_, **__: encoder)

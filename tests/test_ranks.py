@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import fcntl
 import json
 import os
 import subprocess
@@ -11,8 +13,12 @@ from pathlib import Path
 import pytest
 from launching import ROOT, free_port
 
-from lexmae import ranks
-from lexmae.ranks import Hosts
+from lexmae import locks, ranks
+from lexmae.config import PretrainRecipe
+from lexmae.errors import InputError
+from lexmae.ranks import Hosts, together
+from lexmae.retrieval.encode import EncodeConfig, encode
+from lexmae.train import command as training
 
 PROGRAM = """
 import json, sys
@@ -97,6 +103,51 @@ def test_bad_input_of_one_rank_stops_all(tmp_path):
     done = start(tmp_path, str(tmp_path), failing=1)
     assert [one.returncode for one in done] == [2, 2, 2]
     assert "bad input" in done[1].stderr
+
+
+@pytest.mark.parametrize("others, code", [("ok", None), ("failed", 2)])
+def test_what_is_held_for_a_run_is_left_where_there_is_none(tmp_path, monkeypatch, others, code):
+    said = []
+    monkeypatch.setattr(ranks, "several_hosts", lambda: True)
+    monkeypatch.setattr(ranks, "_exchange", lambda value: said.append(value) or [value, others])
+    file = locks.lock_file(tmp_path / "a")
+    if code is None:
+        with together() as held:
+            held.enter_context(locks.writing(tmp_path / "a"))
+        with held:
+            assert file.exists()
+    else:
+        with pytest.raises(SystemExit) as stop, together() as held:
+            held.enter_context(locks.writing(tmp_path / "a"))
+        assert stop.value.code == code
+    assert not file.exists() and said == ["ok"]
+
+
+@pytest.mark.parametrize("error", [InputError("is being written"), FileExistsError("file")])
+def test_an_error_of_this_host_is_told_to_the_others(monkeypatch, error):
+    said = []
+    monkeypatch.setattr(ranks, "several_hosts", lambda: True)
+    monkeypatch.setattr(ranks, "_exchange", lambda value: said.append(value) or [value, "ok"])
+    with pytest.raises(type(error)), together():
+        raise error
+    assert said == ["failed"]
+
+
+@pytest.mark.parametrize("command", ["train", "encode"])
+def test_a_lock_that_another_command_holds_stops_the_other_hosts(command, tmp_path, monkeypatch, shards_dir, model_dir):
+    said, output = [], tmp_path / "out"
+    monkeypatch.setattr(ranks, "several_hosts", lambda: True)
+    monkeypatch.setattr(ranks, "_exchange", lambda value: said.append(value) or [value, "ok"])
+    with open(locks.lock_file(output), "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="out: is being written by another process"):
+            if command == "encode":
+                encode(model_dir, shards_dir, output, EncodeConfig("docs"))
+            else:
+                (tmp_path / "r.yaml").write_text(f"data: {shards_dir}\noutput: {output}\nmodel: {{init: scratch}}\n"
+                                                 "deepspeed: ds_configs/fp32_zero1.json\noptimization: {steps: 1}\n")
+                training.main(PretrainRecipe, argparse.ArgumentParser(), [str(tmp_path / "r.yaml")])
+    assert said == ["failed"]
 
 
 def test_one_process_is_its_own_host(tmp_path, monkeypatch):

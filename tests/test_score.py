@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import json
 import shutil
@@ -20,7 +21,7 @@ from test_search_tools import command
 from threads import thread_hosts
 from transformers import AutoModelForSequenceClassification
 
-from lexmae import artifact
+from lexmae import artifact, locks, ranks
 from lexmae.data.negatives import Row, read_negatives, write_negatives
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
@@ -87,6 +88,17 @@ def whole(model, shards_dir, lists, tmp_path) -> Path:
     """The result of a run that was not stopped."""
     score.score(model, shards_dir, tmp_path / "whole.jsonl", TRAIN, negatives=lists)
     return tmp_path / "whole.jsonl"
+
+
+def test_a_lock_that_another_command_holds_stops_the_other_hosts(model, shards_dir, lists, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(ranks, "several_hosts", lambda: True)
+    monkeypatch.setattr(ranks, "_exchange", lambda value: said.append(value) or [value, "ok"])
+    with open(locks.lock_file(tmp_path / "s"), "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="is being written by another process"):
+            score.score(model, shards_dir, tmp_path / "s", TRAIN, negatives=lists)
+    assert said == ["failed"]
 
 
 def test_negatives_and_positives_have_the_scores_of_their_pairs(whole, lists, tiny_shards, one_by_one):
@@ -255,6 +267,7 @@ def test_ranks_as_threads_make_what_one_makes(model, shards_dir, lists, whole, t
         yield local.rank, world, torch.device("cpu")
 
     monkeypatch.setattr(blocks, "ranks", ranks)
+    monkeypatch.setattr(blocks, "is_main_rank", lambda: local.rank == 0)
     monkeypatch.setattr(blocks, "Hosts", thread_hosts(local, barrier))
     loaded = CrossEncoder.load(model)  # transformers cannot load in several threads at once
     monkeypatch.setattr(score.CrossEncoder, "load", lambda _: loaded)

@@ -77,14 +77,14 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def writing(output: Path, rank: int, overwrite: bool = False) -> Iterator[None]:
-    """Around the work: rank 0 keeps other commands away from the output (see ``lexmae.locks``).
+def writing(output: Path, overwrite: bool = False) -> Iterator[None]:
+    """From the checks to the end of the work: rank 0 keeps other commands away from the output (see ``lexmae.locks``).
 
     Raises:
         InputError: on rank 0, where another command writes the output, or has finished it meanwhile.
     """
-    with locks.writing(output, here=rank == 0):
-        if rank == 0 and not overwrite and artifact.is_taken(output):
+    with locks.writing(output, here=is_main_rank()):
+        if is_main_rank() and not overwrite and artifact.is_taken(output):
             raise InputError("already exists: another command has made it meanwhile", output)
         yield
 

@@ -59,10 +59,11 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
         InputError: model, shards or split do not exist or do not belong together, or ``output`` exists.
     """
     output = Path(output)
-    with together():
+    with together() as held:
         table, opened, content = open_inputs(model, shards, config)
         blocks.refuse_existing(output, overwrite)
-    with blocks.ranks() as (rank, world, device), blocks.writing(output, rank, overwrite):
+        held.enter_context(blocks.writing(output, overwrite))
+    with held, blocks.ranks() as (rank, world, device):
         config = blocks.with_batch_tokens(config, device)
         hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=content)
         name = blocks.precision(config.precision, device)

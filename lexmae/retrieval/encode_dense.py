@@ -38,10 +38,11 @@ def encode(model: str | Path, shards: str | Path, output: str | Path, config: En
     if config.top_k is not None or config.threshold is not None:
         raise InputError("top-k and threshold are for lexicon vectors: dense ones have no terms to leave out")
     output = Path(output)
-    with together():
+    with together() as held:
         table, opened, content = sparse.open_inputs(model, shards, config, representation)
         blocks.refuse_existing(output, overwrite)
-    with blocks.ranks() as (rank, world, device), blocks.writing(output, rank, overwrite):
+        held.enter_context(blocks.writing(output, overwrite))
+    with held, blocks.ranks() as (rank, world, device):
         config = blocks.with_batch_tokens(config, device)
         hosts = blocks.hosts(output, shards=opened.manifest.fingerprint, model=content)
         name = blocks.precision(config.precision, device)

@@ -53,12 +53,13 @@ def score(model: str | Path, shards: str | Path, output: str | Path, config: Sco
         InputError: model, shards, split or source do not exist or do not belong together, or ``output`` exists.
     """
     output, source = Path(output), Path(negatives or run)
-    with together():
+    with together() as held:
         opened = open_shards(shards, config.split)
         reports.refuse_existing(output, overwrite=overwrite)
         made_with = opened.refuse_other_tokenizer(model, KIND)
         work = (Negatives if negatives else Reranking)(source, opened, config)
-    with blocks.ranks() as (rank, world, device), blocks.writing(output, rank, overwrite):
+        held.enter_context(blocks.writing(output, overwrite))
+    with held, blocks.ranks() as (rank, world, device):
         config = blocks.with_batch_tokens(config, device)
         scorer = CrossEncoder.load(model).to(device).eval()
         max_length = _pair_length(scorer, made_with, opened, config, model)

@@ -69,7 +69,7 @@ def score(docs: str | Path, queries: str | Path, shards: str | Path, output: str
     work = (Negatives if negatives else Reranking)(source, opened, config)
     partial = artifact.partial_path(output)
     start = time.perf_counter()
-    with blocks.writing(output, 0, overwrite):
+    with blocks.writing(output, overwrite):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:

@@ -22,7 +22,7 @@ def main(kind: type, parser: argparse.ArgumentParser, argv: list[str] | None = N
     verification.add_option(parser)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     arguments = parser.parse_args(argv)
-    with ranks.together():
+    with ranks.together() as held:
         config = recipe.load(arguments.recipe, kind, arguments.overrides)
         if arguments.deepspeed_config:
             config = dataclasses.replace(config, deepspeed=arguments.deepspeed_config)
@@ -30,5 +30,6 @@ def main(kind: type, parser: argparse.ArgumentParser, argv: list[str] | None = N
         from lexmae.train import session
 
         session.ready(config, arguments.resume)
-    with locks.writing(config.output, here=cli.is_main_rank()):
+        held.enter_context(locks.writing(config.output, here=cli.is_main_rank()))
+    with held:
         session.run(config, arguments.resume)
