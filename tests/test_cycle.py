@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lexmae import artifact
+from lexmae import artifact, locks
 from lexmae.cycle import report, runner
 from lexmae.cycle.config import (
     BiEncoderConfig,
@@ -484,6 +484,11 @@ def test_negatives_of_no_earlier_stage_are_refused(folder, name):
         Plan(pipeline(*stages), folder)
 
 
+def test_an_input_that_is_the_work_folder_is_refused(folder):
+    with pytest.raises(InputError, match="text: is the work folder too; choose another work=FOLDER"):
+        Plan(pipeline(ONE, work="text"), folder)
+
+
 # -------------------------------------------------------------------------------------------------- the runner
 
 TOOL = """\
@@ -651,6 +656,34 @@ def test_inputs_are_known_by_content(work):
     (folder / "y").write_text("2")
     with pytest.raises(InputError):
         run(work, one)
+
+
+@pytest.mark.parametrize("where", ["source/work", "source/deep/work", "link"])
+def test_a_work_folder_within_an_input_is_no_part_of_it(work, where):
+    source, folder = work.parent / "source", work.parent / where
+    (source / "more").mkdir(parents=True)
+    (source / "more" / "x").write_text("1")
+    if where == "link":
+        (source / "work").mkdir()
+        folder.symlink_to(source / "work")
+
+    def once() -> str:
+        with locks.writing(folder):  # as the pipeline does
+            Runner(folder).run(Step("a", [str(work.parent / "tool.py"), str(folder / "a"), "text"], folder / "a",
+                                    [source]), "1/1")
+        return (work.parent / "calls").read_text()
+
+    assert once() == once() == "a\n"
+    (source / "more" / "y").write_text("2")
+    with pytest.raises(InputError, match="made with other settings or inputs"):
+        once()
+
+
+@pytest.mark.parametrize("record", [1, {}, {"key": 1, "seconds": 1.0}, {"key": "a"}, {"key": "a", "seconds": "b"}])
+def test_a_book_of_another_form_is_one_line(work, record):
+    write_json(work / "steps.json", {"rerank": record})
+    with pytest.raises(InputError, match="steps.json: its entry of the step 'rerank' is not one that a pipeline "):
+        Runner(work)
 
 
 def test_several_ranks_go_through_the_launcher(tmp_path):
@@ -923,6 +956,6 @@ def test_an_edited_collection_counts_as_another(folder, tmp_path):
     from lexmae.data.corpus import Passage, write_beir
     made = tmp_path / "made"
     write_beir(made, [Passage("a", "", "text")], [], {})
-    before = runner._content(made)
+    before = runner._content(made, tmp_path / "work")
     (made / "corpus.jsonl").write_text('{"_id": "a", "title": "", "text": "another text"}\n')
-    assert runner._content(made) != before
+    assert runner._content(made, tmp_path / "work") != before

@@ -84,9 +84,10 @@ class Plan:
         return self._add("corpus", command + (["--max-passages", str(limit)] if limit else []), output,
                          settings=artifact.versions())
 
-    @staticmethod
-    def _text(name: str) -> Path:
+    def _text(self, name: str) -> Path:
         """A folder, or what may be the name of a dataset."""
+        if self.work.is_dir() and Path(name).is_dir() and self.work.samefile(name):
+            raise InputError("is the work folder too; choose another work=FOLDER", name)
         if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
             raise InputError("no such folder", name)
         return Path(name)

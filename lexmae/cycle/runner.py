@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from lexmae import artifact, cli
+from lexmae import artifact, cli, locks
 from lexmae.checked import read_json
 from lexmae.cycle.steps import Step
 from lexmae.errors import InputError
@@ -33,13 +34,15 @@ class Runner:
         ranks: processes of steps that train or encode, started by the deepspeed launcher where there are several.
         hostfile: DeepSpeed hostfile, for several machines.
         redo: replace what was made with other settings or inputs, where otherwise it is an error.
+
+    Raises:
+        InputError: ``steps.json`` is not what a pipeline writes.
     """
 
     def __init__(self, work: Path, ranks: int = 1, hostfile: str | None = None, redo: bool = False):
-        self.book, self.ranks, self.hostfile, self.redo = work / "steps.json", ranks, hostfile, redo
-        self.records: dict[str, Any] = {}
-        if self.book.is_file():
-            self.records = read_json(self.book, dict)
+        self.work, self.book = work, work / "steps.json"
+        self.ranks, self.hostfile, self.redo = ranks, hostfile, redo
+        self.records = _read_book(self.book) if self.book.is_file() else {}
 
     def run(self, step: Step, position: str) -> None:
         """Run one step, or skip it.
@@ -47,7 +50,7 @@ class Runner:
         Raises:
             SystemExit: the command failed; its own exit code.
         """
-        key = _digest([step.counted, step.settings, [_content(path) for path in step.inputs]])
+        key = _digest([step.counted, step.settings, [_content(path, self.work) for path in step.inputs]])
         record = self.records.get(step.name)
         same = record is not None and record["key"] == key
         finished = step.output.exists()
@@ -144,13 +147,27 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _content(path: Path) -> Any:
-    """What identifies the content of an input: an artifact's fingerprint, a file's checksum, a folder's listing."""
+def _read_book(path: Path) -> dict[str, Any]:
+    """What is known of each step: its key, and its seconds, None where it did not come to its end."""
+    records = read_json(path, dict)
+    for name, record in records.items():
+        if not (isinstance(record, dict) and isinstance(record.get("key"), str)
+                and isinstance(record.get("seconds", ""), (int, float, type(None)))):
+            raise InputError(f"its entry of the step '{name}' is not one that a pipeline writes", path)
+    return records
+
+
+def _content(path: Path, work: Path) -> Any:
+    """What identifies the content of an input: an artifact's fingerprint, a file's checksum, a folder's listing,
+    without the work folder and its lock where they lie in it."""
     if artifact.exists(path) and (made := artifact.read(path)).kind != _EDITABLE:
         return made.fingerprint
     if path.is_file():
         return artifact.checksum(path)
     if path.is_dir():
-        return [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns]
-                for p in sorted(path.rglob("*")) if p.is_file()]
+        here, places = os.path.realpath(path), (os.path.realpath(work), locks.lock_file(work))
+        own = [os.path.relpath(place, here) for place in places]
+        names = {str(p.relative_to(path)): p for p in sorted(path.rglob("*")) if p.is_file()}
+        return [[name, p.stat().st_size, p.stat().st_mtime_ns] for name, p in names.items()
+                if not any(Path(name).is_relative_to(place) for place in own)]
     return str(path)
