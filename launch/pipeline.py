@@ -20,7 +20,8 @@ def refuse_missing_splits(config: PipelineRecipe) -> None:
     from lexmae.data.corpus import Corpus
 
     asked = config.evaluation
-    wanted = [(config.input, (asked.split, *asked.more_splits, *([asked.train_split] if config.stages else []))),
+    trained = [asked.train_split] if config.stages or config.reranker else []
+    wanted = [(config.input, (asked.split, *asked.more_splits, *trained)),
               *((other.input, (other.split,)) for other in asked.zero_shot)]
     for source, splits in wanted:
         known = Corpus.open(source).splits() if Path(source).is_dir() else splits
@@ -30,7 +31,9 @@ def refuse_missing_splits(config: PipelineRecipe) -> None:
 
 
 def count_ranks(options: Namespace, gpus: int) -> int:
-    """Processes that the launcher will start: those of the hostfile where there is one."""
+    """Processes that the launcher will start: those of the hostfile where there is one. InputError for fewer than 1."""
+    if options.ranks is not None and options.ranks < 1:
+        raise InputError(f"--ranks {options.ranks}: at least 1 is needed")
     if not options.hostfile:
         return options.ranks or gpus or 1
     slots = sum(cluster.read_hostfile(options.hostfile).values())

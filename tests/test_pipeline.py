@@ -185,6 +185,19 @@ def test_the_quickstart_names_its_folder_whatever_is_in_the_name(tmp_path, name)
     assert (config.input, config.work) == (str(tmp_path / name), f"runs/toy-{name}")
 
 
+def test_a_reranker_alone_is_trained_on_the_training_split(tmp_path, beir_dir):
+    pretrained = {"input": str(beir_dir), "work": str(tmp_path / "w"), "prepare": {"train_tokenizer": 300}}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(pretrained | {"reranker": {}}))
+    with pytest.raises(InputError, match="has no queries of the split 'nosuch'; it has "):
+        pipeline_command().main([str(tmp_path / "p.yaml"), "--list", "--set", "evaluation.train_split=nosuch"])
+
+
+@pytest.mark.parametrize("ranks", [0, -2])
+def test_fewer_ranks_than_one_are_refused(ranks):
+    with pytest.raises(InputError, match=f"--ranks {ranks}: at least 1 is needed"):
+        pipeline_command().count_ranks(Namespace(hostfile=None, ranks=ranks), 1)
+
+
 def test_the_slots_of_a_hostfile_are_the_ranks(tmp_path):
     (tmp_path / "hosts").write_text("a slots=4\nb slots=2\n")
     count = pipeline_command().count_ranks
