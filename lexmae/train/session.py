@@ -25,8 +25,7 @@ from lexmae.train.hardware import Hardware
 
 # What may change between a run and its continuation: sections, and keys of others.
 _WHERE_ONLY = ("output", "deepspeed", "logging", "probe")
-_LEARNS_NOTHING = {"model": ("packing", "compile", "activation_checkpointing"),
-                   "optimization": ("micro_batch", "micro_tokens"), "bottleneck": ("active_terms",)}
+_LEARNS_NOTHING = {**recipe.MACHINE, "bottleneck": ("active_terms",)}
 
 
 def check(config: PretrainRecipe | FinetuneRecipe | RerankRecipe, resume: str | None = None,
@@ -187,11 +186,7 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 def _learned(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a composed recipe that a continued run must share with its beginning: without what belongs to the
     machine, or to what is measured and written."""
-    learned = {key: value for key, value in config.items() if key not in _WHERE_ONLY}
-    for section in learned.keys() & _LEARNS_NOTHING.keys():
-        learned[section] = {key: value for key, value in learned[section].items()
-                            if key not in _LEARNS_NOTHING[section]}
-    return learned
+    return {key: value for key, value in recipe.without(config, _LEARNS_NOTHING).items() if key not in _WHERE_ONLY}
 
 
 def _inputs(config: PretrainRecipe | FinetuneRecipe | RerankRecipe,
