@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,8 @@ from lexmae.data.negatives import write_negatives
 from lexmae.data.pairs import read_pairs
 from lexmae.errors import InputError
 from lexmae.model.reranker import KIND, CrossEncoder
+from lexmae.retrieval.score import _pair_length
+from lexmae.retrieval.scored import ScoreConfig
 from lexmae.train.hardware import Hardware
 from lexmae.train.rerank import Teacher, check_teacher
 
@@ -79,6 +83,13 @@ def test_a_budget_that_holds_no_pair_is_refused(tiny_shards, teacher_dir):
     check_teacher(str(teacher_dir), tiny_shards, Hardware(1, 0, 0, {}, micro_tokens=36))
     with pytest.raises(InputError, match="micro_tokens 35: the teacher reads pairs of up to 36 tokens, so at least 36"):
         check_teacher(str(teacher_dir), tiny_shards, Hardware(1, 0, 0, {}, micro_tokens=35))
+
+
+def test_a_teacher_of_others_reads_as_much_of_a_pair_as_beforehand(tiny_shards, teacher_dir, tmp_path):
+    shutil.copytree(teacher_dir, tmp_path / "plain")
+    (tmp_path / "plain" / artifact.MANIFEST).unlink()
+    teacher = Teacher(str(tmp_path / "plain"), tiny_shards)
+    assert teacher.max_length == _pair_length(teacher.scorer, None, tiny_shards, ScoreConfig("train"), tmp_path)
 
 
 def test_another_tokenizer_or_kind_is_refused(tiny_shards, teacher_dir, model_dir, tmp_path):

@@ -77,7 +77,7 @@ class Teacher:
 
 def _pair_length(made: artifact.Manifest | None, shards: Shards) -> int:
     """Tokens of the pairs that a cross-encoder was trained on; of the longest that the shards have where none says."""
-    whole = shards.manifest.extra["query_length"] + shards.manifest.extra["max_length"] - 1
+    whole = shards.manifest.extra["query_length"] + shards.manifest.extra["max_length"]  # RoBERTa adds a token between
     return made.extra.get("pair_length", whole) if made else whole
 
 
