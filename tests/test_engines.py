@@ -125,6 +125,12 @@ def test_kernels_compile_without_a_cache_folder(monkeypatch):
     assert kernels.compiled(lambda x: x + 1)(2) == 3
 
 
+def test_an_index_without_documents_finds_nothing(tmp_path):
+    vectors(0, 1, "d").save(tmp_path / "docs")
+    run = engines.build(tmp_path / "docs", "exact", tmp_path / "i").search(vectors(3, 2, "q"), 5)
+    assert all(found == [] for found in dict(run).values()) and len(run) == 3 and run.seconds is not None
+
+
 def test_only_documents_that_share_a_term_are_found(tmp_path):
     dense = np.zeros((3, V))
     dense[0, 4], dense[1, 5], dense[2, 4] = 1, 1, 2

@@ -52,8 +52,6 @@ class DeviceIndex:
     def search(self, queries: SparseVectors, hits: int) -> Run:
         """As ``ExactIndex.search``."""
         hits = min(hits, len(self._index))
-        if not hits:
-            return self._index.search(queries, hits, 1)
         bounds = np.zeros(len(queries), np.int64)
         products = queries.weights.astype(np.int64) * self._heaviest[queries.indices]
         np.add.at(bounds, np.repeat(np.arange(len(queries)), np.diff(queries.indptr)), products)

@@ -73,8 +73,6 @@ class ExactIndex:
         """The ``hits`` best documents of every query; only documents that share a term with it are found."""
         hits = min(hits, len(self))
         run = Run(self.ids)
-        if not hits:  # an index without documents
-            return Run.from_pairs({name: [] for name in queries.ids})
         asked = Csr(*(np.array(part) for part in queries.csr))  # writable copies: one compiled form serves them all
         if not self._compiled:  # loads or compiles the kernels before the clock starts
             self._search(asked, 0, min(1, len(queries)), hits)

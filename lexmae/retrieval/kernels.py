@@ -138,7 +138,7 @@ def search_blocks(starts, postings, numbers, block, q_indptr, q_terms, q_weights
         base = g * block
         n_documents = min(block, len(numbers) - base)
         n_tiles = (n_documents + TILE - 1) // TILE
-        share = min(1.0, n_documents / total)  # above 1 where deleted documents are in the block
+        share = min(1.0, n_documents / max(total, 1))  # more than all where deleted documents are in the block
         rank = np.int64(hits * share * (2 - share) + 4 * np.sqrt(hits * share * (1 - share))) + 1
         for query in range(first, last):
             own = state[query - first]
