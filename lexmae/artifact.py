@@ -146,8 +146,7 @@ def seal(draft: Draft, path: str | Path, kind: str, *, inputs: Mapping[str, str 
     """Write the manifest of ``draft``, flush everything to disk, give it its final name; remember it as verified."""
     path = Path(path)
     names = {str(p.relative_to(draft.path)): p for p in sorted(draft.path.rglob("*"))
-             if p.is_file() and p.name != MANIFEST}
-    names = {name: p for name, p in names.items() if name not in draft.scaffold}
+             if p.is_file() and p.name != MANIFEST and str(p.relative_to(draft.path)) not in draft.scaffold}
     before = draft.verified | remembered.settled(draft.path, names.keys() - draft.known.keys())
     files = {name: draft.known.get(name) or checksum(p) for name, p in names.items()}
     record = {"lexmae": __version__, "format": FORMAT, "kind": kind, "inputs": _describe_inputs(inputs or {}),
@@ -325,9 +324,9 @@ def content_of(path: str | Path) -> str | None:
     path = Path(path)
     if exists(path):
         return read(path).fingerprint
-    names = {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_file()} if path.is_dir() else {}
-    seen = {name: file for name, file in names.items() if not any(part.startswith(".") for part in Path(name).parts)}
-    return fingerprint({name: checksum(file) for name, file in seen.items()}) if seen else None
+    files = {str(file.relative_to(path)): checksum(file) for file in path.rglob("*")
+             if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)}
+    return fingerprint(files) if files else None
 
 
 def checksum(path: str | Path) -> str:

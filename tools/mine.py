@@ -88,10 +88,11 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--bm25 needs --split, such as train")
     if not options.bm25 and (options.run_output or options.json):
         raise InputError("--run-output and --json go with --bm25")
-    if options.bm25 and options.passages and not mining.ranks_passages(options.bm25):
+    split = bool(options.bm25) and mining.ranks_passages(options.bm25)
+    if options.bm25 and options.passages and not split:
         raise InputError("--passages goes with --run, or with shards of split documents: BM25 ranks whole documents of "
                          "a collection")
-    if options.bm25 and options.output and not options.passages and mining.ranks_passages(options.bm25):
+    if options.output and not options.passages and split:
         raise InputError("holds split documents, whose passages BM25 ranks: --passages is needed", options.bm25)
     if not (options.output or options.run_output):
         raise InputError("nothing to write: give --output, or --run-output with --bm25")

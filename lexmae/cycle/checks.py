@@ -45,13 +45,13 @@ def refuse_sources(config: FinetuneRecipe | RerankRecipe, file: Path, name: str,
     filtered = config.negatives.filter_margin is not None or config.negatives.filter_ratio is not None
     distils = (isinstance(config, FinetuneRecipe) and config.loss.distillation != "none"
                and not config.loss.teacher and not on_the_fly)
-    if (filtered or distils) and not taught and set(user.sources) <= set(ranked):
+    ranked_alone = set(user.sources) <= set(ranked)  # files may have a teacher's scores, also those of passages
+    if (filtered or distils) and not taught and ranked_alone:
         raise InputError(f"{'negatives: filters need' if filtered else 'loss: a distillation needs'} a teacher's "
                          f"scores, and {name} has {teacher}", file)
     if taught and config.loss.teacher:
         raise InputError(f"loss.teacher: the teacher of {name} scores its negatives beforehand: leave the key out, or "
                          "set reranker.score_depth to 0", file)
-    ranked_alone = set(user.sources) <= set(ranked)  # files may have scores of passages
     if distils and split_documents and ranked_alone and ("bm25" in user.sources or config.passages != "best"):
         raise InputError("loss: where documents are split, a file has scores of whole ones, and distillation needs "
                          "those of passages: 'passages: best' with the negatives of a stage, or reranker.score_depth 0",

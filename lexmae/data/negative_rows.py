@@ -70,10 +70,9 @@ def build(shards: Shards, split: str, config: NegativesConfig, output: str | Pat
         if distil:
             sizes = (shards.documents.sizes(shards.documents.documents_of(rows)) for rows in trained)
             whole = [chosen | (size == 1) for chosen, size in zip(taken, sizes, strict=True)]
-    sources = []
+    sources, learns = [], distil and shards.split_documents
     for source in config.lists:
         read = _Source(source, [NO_ROWS] * len(row_of), [NO_SCORES] * len(row_of))
-        learns = distil and shards.split_documents
         check = functools.partial(_refuse_whole, shards, source.path, best) if learns else None
         _fill(read, shards, stand_in, row_of, positives, trained, teacher, whole, check)
         sources.append(read)

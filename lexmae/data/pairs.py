@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lexmae.artifact import Manifest
 from lexmae.config import NegativesConfig
 from lexmae.data.batches import Movable, Stream
 from lexmae.data.budget import Spread
@@ -89,6 +90,12 @@ def pair_lengths(query_lengths: np.ndarray, doc_lengths: np.ndarray, between: in
         raise InputError(f"max_length {max_length}: a query of {query_lengths.max()} tokens leaves no room for a "
                          "document")
     return np.minimum(query_lengths + between + doc_lengths - 1, max_length)
+
+
+def trained_length(made: Manifest | None, shards: Shards) -> int:
+    """Tokens of the pairs that a cross-encoder was trained on; of the longest that the shards have where none says."""
+    whole = shards.manifest.extra["query_length"] + shards.manifest.extra["max_length"]  # RoBERTa adds a token between
+    return made.extra.get("pair_length", whole) if made else whole
 
 
 def _between(shards: Shards, query_table: TokenTable) -> np.ndarray:

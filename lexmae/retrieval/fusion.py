@@ -50,10 +50,11 @@ def fuse(runs: Sequence[Run], method: str = "rrf", *, weights: Sequence[float] |
                 continue
             with np.errstate(over="ignore", invalid="ignore"):
                 values, absent = normalise(run.scores(query).astype(np.float64), k)
-            if not np.isfinite(weight * (values - absent)).all():
+                added = weight * (values - absent)
+            if not np.isfinite(added).all():
                 raise InputError(f"query {query!r}: its scores are too large to be normalised by {method}")
             base += weight * absent
-            for name, value in zip(run.documents(query), (weight * (values - absent)).tolist(), strict=True):
+            for name, value in zip(run.documents(query), added.tolist(), strict=True):
                 total[name] = total.get(name, 0.0) + value
         fused[query] = [(name, base + value) for name, value in total.items()]
     return Run.from_pairs(fused).cut(hits)

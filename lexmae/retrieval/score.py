@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lexmae import artifact
 from lexmae.cli import progress, say
-from lexmae.data.pairs import PairBatch, read_pairs
+from lexmae.data.pairs import PairBatch, read_pairs, trained_length
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import backbone
@@ -93,9 +93,8 @@ def speed(figures: Mapping[str, Any]) -> dict[str, Any]:
 def _pair_length(scorer: CrossEncoder, made_with: artifact.Manifest | None, shards: Shards, config: ScoreConfig,
                  model: str | Path) -> int:
     backbone.refuse_few_tokens(scorer.scorer, shards.vocab_size, model)
-    extra = shards.manifest.extra
-    whole = min(extra["query_length"] + extra["max_length"], scorer.max_length)
-    length = config.max_length or (made_with.extra["pair_length"] if made_with else whole)
+    trained = trained_length(made_with, shards)
+    length = config.max_length or (trained if made_with else min(trained, scorer.max_length))
     if length > scorer.max_length:
         raise InputError(f"reads {scorer.max_length} tokens, which is less than a length of pairs of {length}", model)
     longest = int(shards.queries(config.split).lengths.max(initial=0))

@@ -36,7 +36,8 @@ def add(index: str | Path, vectors: str | Path, threads: int | None = None) -> a
     """
     index = Path(index)
     with locks.writing(index):
-        new, manifest = _new_documents(index, vectors), _read(index)
+        manifest = _read(index)
+        new = _new_documents(manifest, vectors)
         with _revision(manifest, lambda name: True, inputs={"vectors": vectors}, change=_added(new)) as draft:
             _write_segment(draft, index, new, threads)
         return artifact.read(index, KIND)
@@ -50,7 +51,8 @@ def replace(index: str | Path, ids: str | Path, vectors: str | Path, threads: in
     """
     index = Path(index)
     with locks.writing(index):
-        new, manifest = _new_documents(index, vectors, [name for _, name in read_lines(ids)]), _read(index)
+        manifest = _read(index)
+        new = _new_documents(manifest, vectors, [name for _, name in read_lines(ids)])
         gone = _Deletion(index, ids, replaced=len(new) > 0)
         with _revision(manifest, gone.keeps, inputs={"ids": ids, "vectors": vectors},
                        change={"deleted": gone.count, **_added(new)}) as draft:
@@ -59,9 +61,9 @@ def replace(index: str | Path, ids: str | Path, vectors: str | Path, threads: in
         return artifact.read(index, KIND)
 
 
-def _new_documents(index: Path, vectors: str | Path, gone: Sequence[str] = ()) -> StoredVectors:
+def _new_documents(manifest: artifact.Manifest, vectors: str | Path, gone: Sequence[str] = ()) -> StoredVectors:
     """Vectors that may be added to an index when the documents ``gone`` have left it, pruned as those are."""
-    manifest, new = _read(index), StoredVectors.open(vectors, side="docs")
+    index, new = manifest.path, StoredVectors.open(vectors, side="docs")
     _check_same_encoder(manifest, new, vectors)
     known = pc.is_in(new.id_array, value_set=segments.number_documents(segments.open_segments(index))[0])
     known = pc.and_not(known, pc.is_in(new.id_array, value_set=pa.array(gone, pa.large_string())))
@@ -123,11 +125,12 @@ class _Deletion:
         self.count = len(asked)
         self.chosen = [(numbers_of >= 0) & gone[numbers_of] for numbers_of in numbers]
         self.folders = [folder.name for folder in sorted(index.glob("segment-*"))]
+        self._replaced = {f"{folder}/{segments.DELETED}"
+                          for folder, chosen in zip(self.folders, self.chosen, strict=True) if chosen.any()}
 
     def keeps(self, name: str) -> bool:
         """Whether a file of the index stays as it is."""
-        return not any(name == f"{folder}/{segments.DELETED}" and chosen.any()
-                       for folder, chosen in zip(self.folders, self.chosen, strict=True))
+        return name not in self._replaced
 
     def mark(self, draft: artifact.Draft) -> None:
         """Note in the new version what is deleted."""

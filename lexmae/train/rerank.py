@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from lexmae import artifact
 from lexmae.cli import say
 from lexmae.config import RerankRecipe
 from lexmae.data.batches import RankingBatch
-from lexmae.data.pairs import PairBatch
+from lexmae.data.pairs import PairBatch, trained_length
 from lexmae.data.shards import Shards
 from lexmae.errors import InputError
 from lexmae.model import backbone
@@ -61,7 +60,7 @@ class Teacher:
         made = shards.refuse_other_tokenizer(folder, KIND)
         self.scorer = CrossEncoder.load(folder).eval().requires_grad_(False)
         backbone.refuse_few_tokens(self.scorer.scorer, shards.vocab_size, folder)
-        self.max_length = min(_pair_length(made, shards), self.scorer.max_length)
+        self.max_length = min(trained_length(made, shards), self.scorer.max_length)
 
     @torch.no_grad()
     def __call__(self, batch: RankingBatch) -> torch.Tensor:
@@ -75,19 +74,13 @@ class Teacher:
         return scores.view(-1, batch.n_docs)
 
 
-def _pair_length(made: artifact.Manifest | None, shards: Shards) -> int:
-    """Tokens of the pairs that a cross-encoder was trained on; of the longest that the shards have where none says."""
-    whole = shards.manifest.extra["query_length"] + shards.manifest.extra["max_length"]  # RoBERTa adds a token between
-    return made.extra.get("pair_length", whole) if made else whole
-
-
 def check_teacher(folder: str, shards: Shards, spread: Hardware) -> None:
     """Refuse a teacher of other shards, and a budget of tokens that does not hold one of its pairs.
 
     Raises:
         InputError: its kind or tokenizer is another, or a pair of it may be longer than a micro-batch.
     """
-    longest = _pair_length(shards.refuse_other_tokenizer(folder, KIND), shards)
+    longest = trained_length(shards.refuse_other_tokenizer(folder, KIND), shards)
     refuse_budget(spread, longest, f"the teacher reads pairs of up to {longest} tokens")
 
 

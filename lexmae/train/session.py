@@ -268,7 +268,7 @@ def _write_model(target: Path, lm: Any, state: dict[str, torch.Tensor], table: d
         inputs["init"] = config.model.init
     if isinstance(config, (FinetuneRecipe, RerankRecipe)):
         inputs |= {f"negatives{i or ''}": source.path for i, source in enumerate(config.negatives.lists)}
-    if isinstance(config, FinetuneRecipe) and config.loss.teacher:
+    if _teacher(config):
         inputs["teacher"] = config.loss.teacher
     reranking = isinstance(config, RerankRecipe)
     with artifact.create(target, reranker.KIND if reranking else "model", inputs=inputs, config=recipe.to_dict(config),
